@@ -1,9 +1,9 @@
-"""What does the autoregressive prior of LARP (arXiv 2410.21264) buy, and what does it cost? With and without it.
+"""Gains and costs of the autoregressive prior of LARP (arXiv 2410.21264): training with and without it.
 
-A tokenizer is trained with and without ``losses.ar_prior``, then a generator on its tokens, all at equal steps: the
-generator's loss on held-out tokens in nats per token, the perplexity of how often each code is used there, and the PSNR
-of held-out reconstructions in dB. LARP on moving digits by the recipe of its quickstart. Where its archive is there,
-ViT-VQGAN, too, with 16 tokens on CIFAR-10, by recipes that are cut to what a CPU does in minutes.
+A tokenizer is trained with and without ``losses.ar_prior``, then a generator on its tokens, all for equal steps.
+Reported on held-out data: the generator's loss in nats per token, the perplexity of code usage, and the PSNR of
+reconstructions in dB. The systems are LARP on moving digits, by the recipe of its quickstart, and, if the archive is
+available, ViT-VQGAN with 16 tokens on CIFAR-10, by recipes shortened to minutes on a CPU.
 
     python benchmarks/ar_prior.py --root ../shared/data/cifar10.zip --out ar_prior/
 """
@@ -100,13 +100,13 @@ def measure(system: str, prior: bool, seed: int, arguments: argparse.Namespace) 
 
 
 def perplexity(ids: torch.Tensor, num_ids: int) -> float:
-    """The exponential of the entropy, in nats, of how often each id occurs."""
+    """The perplexity of code usage: the exponential of the entropy, in nats, of the ids' frequencies."""
     shares = torch.bincount(ids.flatten(), minlength=num_ids).double() / ids.numel()
     return float(torch.special.entr(shares).sum().exp())
 
 
 def rhythm(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The config's training section for so many steps, measured ten times."""
+    """The training section of a config for ``steps`` steps, with ten measurements."""
     every = max(steps // 10, 1)
     return config["training"] | {"max_steps": steps, "save_every": every, "log_every": every, "image_every": 0}
 

@@ -1,23 +1,23 @@
-"""CIFAR-10 end to end: a tokenizer beside a simple one fitted in the same run, then a generator on its tokens.
+"""CIFAR-10 end to end: a tokenizer, compared with a simple one fitted in the same run, then a generator on its tokens.
 
     python benchmarks/cifar10.py --tokenizer llamagen_vq --minutes 20 --generator-minutes 15
     python benchmarks/cifar10.py --tokenizer flextok --minutes 25 --generator-minutes 0 --images 1000
 
 The tokenizer trains for a stated number of minutes (its first steps set the number of steps) and is scored by PSNR, the
-mean over test images. Beside it stands:
+mean over test images. It is compared with:
 
-- for 64 tokens of 1,024 codes, k-means on 4x4 patches with as many codes, which is the same rate of 640 bits per image.
-  Other rates have no such floor;
+- for 64 tokens of 1,024 codes, k-means on 4x4 patches with as many codes, which has the same rate of 640 bits per
+  image. Other rates have no such baseline;
 - for ordered tokens (FlexTok, D-AR), at each prefix of k = 1, 4, 16 and all tokens that decodes, PCA with k dimensions,
-  fitted to 10,000 training images. It is shown for scale and is no floor: its dimensions are floats, and it does not
+  fitted to 10,000 training images. It gives a scale but no lower bound: its dimensions are floats, and it does not
   sample. Prefixes of one image decode from the same noise, without guidance. They are also scored by the Frechet
   distance to the originals on features of a fixed CIFAR-10 classifier.
 
-Decoding by a flow takes a while: ``--images`` says how many test images, evenly spread over the 10,000, are scored.
+Flow decoders are slow: ``--images`` sets how many test images, evenly spread over the 10,000, are scored.
 
 The generator's samples are scored by the same classifier, before and after training: the share recognised as the class
-asked for, and the Frechet distance on its features to training images. Its scores carry the classifier's name; they are
-not FID.
+asked for, and the Frechet distance on its features to training images. These scores are named after the classifier;
+they are not FID.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="llamagen_vq", help="config in configs/cifar10/")
+    parser.add_argument("--tokenizer", default="llamagen_vq", help="a config of `vistok configs cifar10`")
     parser.add_argument("--tokenizer-run", help="a run of that config to go on from, instead of training one")
-    parser.add_argument("--generator", default="llama", help="config in configs/cifar10/")
+    parser.add_argument("--generator", default="llama", help="a config of `vistok configs cifar10`")
     parser.add_argument("--minutes", type=float, default=5, help="training time of the tokenizer")
     parser.add_argument("--generator-minutes", type=float, default=3, help="of the generator; 0 leaves it out")
     parser.add_argument("--images", type=int, default=10_000, help="test images that the tokenizer is scored on")
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def score_tokenizer(run: Path, data: Path, instrument, count: int) -> tuple[dict, dict]:
-    """Ratios and figures of a trained tokenizer beside what is comparable with it."""
+    """Ratios and figures of a trained tokenizer against its baselines."""
     from prefixes import prefix_figures
 
     from vistok.pipelines.folders import load_tokenizer
@@ -109,7 +109,7 @@ def images(data: Path, split: str, limit: int | None = None):
 
 
 def kmeans_psnr(data: Path, count: int) -> float:
-    """PSNR on the test images of the nearest of k-means centres fitted to training patches."""
+    """PSNR of test images whose patches are replaced by the nearest k-means centres of training patches."""
     import torch
     from einops import rearrange
     from sklearn.cluster import MiniBatchKMeans
@@ -138,7 +138,7 @@ def train_steps(config: Path, steps: int, out: Path, overrides: list[str]) -> Pa
 
 
 def train_for(config: Path, minutes: float, out: Path, overrides: list[str], trial: int = 40) -> Path:
-    """Train for about ``minutes``: a trial of a few steps tells how many steps that is."""
+    """Train for about ``minutes``; the number of steps is estimated from a short trial."""
     from vistok.train.monitor import read_metrics
 
     folder = train_steps(config, trial, out.with_name(f"{out.name}-trial"), overrides)
@@ -182,14 +182,14 @@ def real_features(instrument, data: Path):
 
 
 def score(instrument, run: Path, real, count: int) -> dict[str, float]:
-    """Class agreement and Frechet distance of class-balanced samples, by the instrument."""
+    """Class agreement and Frechet distance of class-balanced samples, by the classifier ``instrument``."""
     from vistok.pipelines import pipeline
 
     return score_pipeline(instrument, pipeline(run), real, count)
 
 
 def score_pipeline(instrument, pipe, real, count: int) -> dict[str, float]:
-    """As ``score``, of a pipeline that is there."""
+    """As ``score``, for a loaded pipeline."""
     import torch
 
     classifier = instrument.load()

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: where real data lie, the instrument for 32 px samples, and the closing line."""
+"""Helpers of the benchmark scripts: paths of real data, the classifier for 32 px samples, and the final report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def find(path: str | None, fallback: str, option: str) -> Path:
-    """``path``, or a file of the shared folder beside the repository; a clear exit where there is neither."""
+    """``path``, or by default a file of the shared folder beside the repository; exits if it does not exist."""
     chosen = Path(path) if path else SHARED / fallback
     if not chosen.exists():
         sys.exit(f"{chosen} is missing; name it with {option}")
@@ -25,7 +25,7 @@ def find(path: str | None, fallback: str, option: str) -> Path:
 
 
 def load_instrument(path: Path):
-    """A module that scores 32 px samples: ``load()`` gives a classifier with ``features``, and ``frechet_distance``."""
+    """Import the module that scores 32 px samples: its ``load()`` returns a classifier with ``features``."""
     specification = importlib.util.spec_from_file_location("instrument", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -33,10 +33,10 @@ def load_instrument(path: Path):
 
 
 def use_threads(count: int) -> None:
-    """Go on with ``count`` threads of the processor; the script starts anew where it has another number.
+    """Use ``count`` CPU threads; the script is restarted if it has another number.
 
-    ``torch.set_num_threads`` would not do: it also takes from MKL the freedom to use one thread inside a parallel
-    region, and attention in bfloat16 then opens a team of threads for every head, which takes longer than attending.
+    ``torch.set_num_threads`` has a side effect: MKL may then no longer use a single thread inside a parallel region,
+    and attention in bfloat16 opens a team of threads for every head, which takes longer than the attention itself.
     """
     if os.environ.get("OMP_NUM_THREADS") != str(count):
         os.environ["OMP_NUM_THREADS"] = str(count)

@@ -1,4 +1,4 @@
-"""Do the loaders keep up with the models? Images per second of each source, beside what the models take.
+"""Whether the loaders keep up with the models: images per second of each source and of training steps.
 
 Images: 256 px photos as single JPEG files, as webdataset shards, and as a cache of tokens (256 ids each, ten views).
 Models: a training step of the ViT-VQGAN-small tokenizer on images, and of GPT-B (111 M parameters) on tokens.
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def unpack(archive: Path, scratch: Path, count: int) -> tuple[Path, Path]:
-    """The first photos as a folder of files, and as shards of 128."""
+    """Unpack the first photos into a folder of files, and into shards of 128."""
     folder, shards = scratch / "folder", scratch / "shards"
     shards.mkdir()
     with zipfile.ZipFile(archive) as source:
@@ -90,7 +90,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def rate_of(loader: Loader, seconds: float = 5.0) -> float:
-    """Images per second over whole epochs, for at least so long, after a first batch that starts the workers."""
+    """Images per second over whole epochs for at least ``seconds``, after a first batch that starts the workers."""
     next(iter(loader))
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -113,7 +113,7 @@ def images_per_second(source: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def tokens_per_second(folder: Path, arguments: argparse.Namespace, count: int = 20000) -> float:
-    """Images per second of a cache whose samples are read at random."""
+    """Images per second of a token cache that is read in random order."""
     spec = {"length": LENGTH, "codebook_size": CODEBOOK, "dim": 8, "num_layers": 1, "grid": (16, 16)}
     with TokenWriter(folder, spec, "benchmark", views=VIEWS, classes=("one",)) as writer:
         for _ in range(0, count, 1000):

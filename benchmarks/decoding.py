@@ -1,11 +1,11 @@
-"""Cached sampling beside the memory bandwidth: a step reads every weight and the live cache at least once.
+"""Cached sampling against memory bandwidth: a step reads every weight and the live cache at least once.
 
     python benchmarks/decoding.py
     python benchmarks/decoding.py --device cuda --size XL --dtype bf16 --compile --batch-sizes 1,4,16,64,256
 
-The bound of a step is the bytes of the weights that it multiplies by (tables of embeddings are only looked up) and of
-the cache that is filled on average, over the rate at which this machine copies large tensors, measured in the same run.
-Whole sequences are sampled after one that compiles and warms up; without a GPU only their first tokens.
+The lower bound of a step is the bytes of its weight matrices (embedding tables are only looked up) and of the cache
+filled on average, divided by the rate at which this machine copies large tensors, measured in the same run. Whole
+sequences are timed after one that compiles and warms up; without a GPU only their first tokens are.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def seconds_per_step(model: Llama, batch: int, tokens: int, guidance_scale: floa
     options = DecodingOptions(guidance_scale=guidance_scale)
     draws = model.sampling_draws(Keys.range(0, batch), options)
     condition, device = Condition.from_labels(torch.arange(batch) % 1000), model.output.weight.device
-    for _ in range(2):  # the first compiles, and is slower
+    for _ in range(2):  # the first pass compiles
         session = model.start(condition, options, draws=draws)
         synchronise(device)
         begin = time.perf_counter()
@@ -77,7 +77,7 @@ def weight_bytes(model: Llama) -> int:
 
 
 def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 10) -> float:
-    """Bytes read and written per second by the best of several copies of ``size`` bytes."""
+    """Bytes read and written per second, the best of several copies of ``size`` bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     best = math.inf
     for _ in range(repeats):

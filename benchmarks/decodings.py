@@ -1,10 +1,10 @@
-"""What the decodings of next-token generators cost, and how likely their images are: plain, jacobi, and cautious.
+"""Cost of the decodings of next-token generators (plain, jacobi, cautious), and likelihood of their images.
 
     python benchmarks/decodings.py quickstart/ --num 64
     python benchmarks/decodings.py runs/generator --thresholds 1,2,3 --trials 8
 
-For each: calls of the transformer after the condition, rows that it was fed in all, seconds, and the mean
-log-likelihood of a token in nats under the unguided model. RUN is that of a generator, or a folder with one in
+Reported for each: calls of the transformer after the condition, rows that it was fed in all, seconds, and the mean
+log-likelihood of a token in nats under the unguided model. RUN is the run of a generator, or a folder with one in
 ``generator/``.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(model: AutoregressiveGenerator, num: int, sampling: dict[str, Any]) -> dict[str, float]:
-    """Sample ``num`` images, the classes in turn."""
+    """Sample ``num`` images whose classes alternate."""
     options = model.options_type(**sampling)
     classes = model.num_classes
     condition = Condition.none(num) if classes is None else Condition.from_labels(torch.arange(num) % classes)
@@ -74,7 +74,7 @@ def measure(model: AutoregressiveGenerator, num: int, sampling: dict[str, Any]) 
 
 
 class _Counted:
-    """A network whose ``transform`` is another."""
+    """A network whose ``transform`` is replaced by one that counts."""
 
     def __init__(self, network: Any, transform: Any):
         self._network, self.transform = network, transform

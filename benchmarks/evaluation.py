@@ -1,12 +1,12 @@
-"""Evaluation: speed beside torch-fidelity's and scipy's own code, and memory at 50,000 features.
+"""Evaluation: speed against torch-fidelity and scipy, and memory at 50,000 features.
 
-- Feature extraction: images per second of vistok's Inception, with spatial features, moments and hashes, beside
-  torch-fidelity's own extractor, on the same images with the same weights, in turns; the median of each. Random weights
-  take as long as the published ones. Target: at least 1.3 times as fast.
-- Frechet term: two symmetric eigen-decompositions beside scipy's sqrtm of the product, at 2,048 features.
+- Feature extraction: images per second of vistok's Inception, with spatial features, moments and hashes, against
+  torch-fidelity's extractor, on the same images and weights, alternating; the median of each. Random weights take as
+  long as the published ones. Target: at least 1.3 times as fast.
+- Frechet term: two symmetric eigendecompositions against scipy's sqrtm of the product, with 2,048 features.
 - Memory: the peak of a process that holds two sets of 50,000 x 2,048 random features, sums their moments, and computes
-  precision and recall by ADM's rule, on 12,000 of each (all blocks of more are as large), and the seconds of the latter
-  for two sets of 10,000 on one thread; they grow with the product of both counts.
+  precision and recall by ADM's rule on 12,000 of each (with more, blocks are no larger). Also the seconds of precision
+  and recall for two sets of 10,000 on one thread, which grow with the product of both counts.
 
     python benchmarks/evaluation.py --images 48 --rounds 3
 """
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def extraction_speed(count: int, rounds: int) -> tuple[float, float]:
-    """Images per second: ours, torch-fidelity's."""
+    """Images per second of vistok and of torch-fidelity."""
     from vistok.eval.features import FeaturePass
     from vistok.eval.networks import InceptionV3Compat
 
@@ -100,7 +100,7 @@ def extraction_speed(count: int, rounds: int) -> tuple[float, float]:
 
 
 def random_weights() -> dict[str, Tensor]:
-    """Weights of Inception that keep activations alive."""
+    """Random weights of Inception with which activations do not vanish."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, value in fidelity_extractor({}, ["2048"]).state_dict().items():
@@ -114,7 +114,7 @@ def random_weights() -> dict[str, Tensor]:
 
 
 def fidelity_extractor(weights: dict[str, Tensor], features: list[str]) -> torch.nn.Module:
-    """torch-fidelity's Inception; with no weights as it is initialised."""
+    """torch-fidelity's Inception, with its initial weights if none are given."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Extractor(FeatureExtractorInceptionV3):
@@ -128,7 +128,7 @@ def fidelity_extractor(weights: dict[str, Tensor], features: list[str]) -> torch
 
 
 def frechet_times(rounds: int) -> tuple[float, float, float]:
-    """Seconds of ours and of sqrtm, and the relative difference of the two distances."""
+    """Seconds of vistok and of sqrtm, and the relative difference of the two distances."""
     from vistok.eval.metrics import Moments, frechet_distance
 
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def frechet_times(rounds: int) -> tuple[float, float, float]:
 
 
 def measure_in_turns(functions: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Median seconds of each; in turns, so that a busy machine slows all alike, after one call to warm up."""
+    """Median seconds of each after a warm-up call; they alternate, so that a busy machine slows all alike."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
         for function, times in zip(functions, seconds):
@@ -163,7 +163,7 @@ def measure_in_turns(functions: list[Callable[[], None]], rounds: int) -> list[f
 
 
 def peak_memory(count: int) -> tuple[float, float]:
-    """Gigabytes at most of a process of its own, and its seconds for precision and recall of 10,000 features each."""
+    """Peak memory of a separate process in GB, and its seconds for precision and recall of 10,000 features each."""
     code = MEMORY_PROBE.format(count=count)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     gigabytes, seconds = map(float, done.stdout.split())

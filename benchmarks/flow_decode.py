@@ -1,12 +1,13 @@
-"""Guided decoding of FlexTok in batches, beside the scheme of its reference implementation.
+"""Guided decoding of FlexTok in batches, against the scheme of its reference implementation.
 
     python benchmarks/flow_decode.py --threads 2
 
-The reference packs the samples of a batch into one sequence, keeps them apart by a dense mask, and runs the guided and
-the unguided rows one after the other. Here samples and both rows are rows of one batch, which need no mask. The packed
-scheme is rebuilt below from the same modules and weights; both give the same latents, which is checked. Of the logits
-of a packed batch of four a quarter is of any use, so the ratio grows with the batch. The reference can skip the others
-where it has a GPU and compiles its attention for the mask; here, on a GPU, a compiled decoder is timed too.
+The reference packs the samples of a batch into one sequence, separates them by a dense mask, and runs the guided and
+the unguided samples one after the other. vistok makes all of them rows of one batch, which needs no mask. The packed
+scheme is rebuilt below from the same modules and weights; the script checks that both give the same latents. In a
+packed batch of four only a quarter of the attention logits is used, so the ratio grows with the batch. The reference
+can skip the others on a GPU, where it compiles its attention for the mask; on a GPU a compiled decoder is timed here,
+too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCALE = 3.0
 
 
 def build(size: str) -> FlowDecoder:
-    """A decoder of the released shape at some width; modulation starts at zero, which would hide mistakes."""
+    """A decoder of the released shape at some width, with random modulation; its initial zeros would hide mistakes."""
     dim, depth = SIZES[size]
     torch.manual_seed(0)
     decoder = FlowDecoder(TrunkConfig(dim, depth), CHANNELS, (2, 2), (GRID, GRID), TOKENS, CODE_DIM)
@@ -66,7 +67,7 @@ def packed_velocity(decoder: FlowDecoder, noisy: Tensor, t: float, registers: Te
 
 def attention(block, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = block.attn.qkv(x).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return block.attn.out(attend(block.attn.q_norm(q), block.attn.k_norm(k), v, mask, False, scale=block.attn.scale))
+    return block.attn.out(attend(block.attn.q_norm(q), block.attn.k_norm(k), v, mask=mask, scale=block.attn.scale))
 
 
 def packed_decode(decoder: FlowDecoder, codes: Tensor, lengths: Tensor, noise: Tensor, num_steps: int) -> Tensor:
@@ -127,7 +128,7 @@ def main() -> None:
         runs["compiled"] = lambda: last(denoise(compiled, codes, lengths, noise, **options)).x
     for run in runs.values():
         run()
-    # In turn, so that a busy machine slows all alike.
+    # The two alternate, so that a busy machine slows both alike.
     measured = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(arguments.repeats)]
     median = {name: statistics.median(row[name] for row in measured) for name in runs}
     for name, value in median.items():

@@ -1,7 +1,7 @@
-"""How long ``import vistok`` takes, against ``import torch``: target at most 1.3 times as long.
+"""The time of ``import vistok`` against ``import torch``; the target is at most 1.3 times as long.
 
-``import vistok`` alone imports nothing heavy; the first public name that is used brings torch. Both are measured, each
-in fresh interpreters, in turn, so that a busy machine slows all alike. The median is reported.
+``import vistok`` itself imports nothing heavy; the first use of a public name imports torch. Both are measured in fresh
+interpreters, alternating, so that a busy machine slows all alike. Medians are reported.
 
     python benchmarks/import_time.py --runs 7
 """
@@ -25,7 +25,7 @@ STATEMENTS = {
 
 
 def seconds(statement: str) -> float:
-    """Seconds that a statement takes in a fresh interpreter, its start excluded."""
+    """Seconds that a statement takes in a fresh interpreter, without the interpreter's start."""
     program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)

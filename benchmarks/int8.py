@@ -1,10 +1,11 @@
-"""Weight-only int8 (torchao) beside floating point: time of a sampling step, and change of the teacher-forced loss.
+"""Weight-only int8 (torchao) against floating point: time of a sampling step, and change of the teacher-forced loss.
 
     pip install torchao
     python benchmarks/int8.py --run RUN    # RUN: the run of a generator, such as quickstart/generator
 
-Steps are those of ``sampling.py``: GPT-B, random weights, a batch of 4 with guidance, in turn with the same model in
-floating point. The loss is that of the run's averaged weights on the first cached tokens of its own training data.
+Steps are those of ``sampling.py``: GPT-B, random weights, a batch of 4 with guidance; they alternate with steps of the
+same model in floating point. The loss is that of the run's averaged weights on the first cached tokens of its training
+data.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def step_time(setting: Setting) -> float:
-    """Milliseconds."""
+    """Milliseconds of a sampling step."""
     return 1e3 * statistics.fmean(statistics.median(stretch(setting.step, where)) for where in positions(256, 4))
 
 

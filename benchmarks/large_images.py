@@ -1,7 +1,7 @@
-"""Memory and seconds that large images take on their way to 256 pixels, by format.
+"""Memory and time to read large images and crop them to 256 pixels, by format.
 
-Each file is read in a process of its own, as data sets are read: decoded, upright, on white, and cropped. Memory is the
-peak of that process above what it has before (Linux).
+Each file is read in a separate process, as data sets are read: decoded, turned upright, put on white, and cropped.
+Memory is the rise of the process's peak (Linux).
 
     python benchmarks/large_images.py
     python benchmarks/large_images.py --side 4000 --size 128
@@ -19,7 +19,7 @@ import numpy as np
 from common import finish, say
 from PIL import Image
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.transforms import center_crop_adm
 
 KINDS = {
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def picture(mode: str, side: int) -> Image.Image:
-    """A smooth picture with some noise, of a mode."""
+    """A smooth picture with some noise, in a mode of PIL."""
     block = np.add.outer(np.arange(500), np.arange(500)) // 4 + np.random.default_rng(0).integers(0, 6, (500, 500))
     ramp = np.tile(block.astype(np.uint8), (-(-side // 500), -(-side // 500)))[:side, :side]
     if mode == "I;16":
@@ -48,11 +48,11 @@ def picture(mode: str, side: int) -> Image.Image:
 
 
 def read(file: Path, size: int) -> tuple[float, float]:
-    """MiB and seconds of the processor that reading a file takes; in a process of its own."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """MiB and CPU seconds that reading a file takes; called in a separate process."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = kibibytes("VmRSS"), time.process_time()
     with file.open("rb") as opened:
-        center_crop_adm(Decoder(side=size).read(opened), size)
+        center_crop_adm(ImageDecoder(side=size).read(opened), size)
     return (kibibytes("VmHWM") - before) / 1024, time.process_time() - begin
 
 

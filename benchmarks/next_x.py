@@ -1,14 +1,14 @@
-"""The five X of next-X prediction (xAR, arXiv 2502.20388) at equal training, on scikit-learn's digits.
+"""Next-X prediction with five X (xAR, arXiv 2502.20388) at equal training, on scikit-learn's digits.
 
     python benchmarks/next_x.py --threads 2
 
 One tokenizer (the quickstart's KL autoencoder, 4x4 latents) feeds five generators of the same size, data and number of
 steps, which differ in ``model.layout`` alone: a token, a 2x2 cell, a subsample of tokens two apart, the whole image,
-and scales of 1x1, 2x2 and 4x4. Reported for each, as seen: the training loss (mean of the last tenth of the steps; that
-of scales is also over coarse latents, which are easier), the share of samples that a classifier of real digits takes
-for the class asked for, the Frechet distance on its features to the training digits, seconds per image, and network
-calls per image. Those scores carry the classifier's name; they are not FID. The training is short: it says which X is
-learnt fastest at this size, not which is best.
+and scales of 1x1, 2x2 and 4x4. Reported for each: the training loss (mean over the last tenth of the steps; for scales
+it includes coarse latents, which are easier), the share of samples that a classifier of real digits recognises as the
+class asked for, the Frechet distance on its features to the training digits, seconds per image, and network calls per
+image. The scores are named after the classifier; they are not FID. The training is short: it shows which X is learnt
+fastest at this size, not which is best.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def final_loss(run: Path) -> float:
 
 
 def score(run: Path, count: int, classifier, real) -> dict[str, float]:
-    """Class-balanced samples of a run by the classifier, with the time and the network calls that they took."""
+    """Scores of class-balanced samples of a run by the classifier, with their time and network calls."""
     import torch
 
     from vistok.eval.metrics import frechet_distance
@@ -119,7 +119,7 @@ def score(run: Path, count: int, classifier, real) -> dict[str, float]:
         nonlocal calls
         calls += 1
 
-    pipe.generator.input.register_forward_hook(count_call)  # once in every call of the network
+    pipe.generator.input.register_forward_hook(count_call)  # the hook runs once per call of the network
     begin = time.perf_counter()
     made = pipe(list(range(CLASSES)), count // CLASSES, batch_size=count)
     seconds = time.perf_counter() - begin

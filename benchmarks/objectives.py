@@ -1,16 +1,17 @@
-"""What do other predictions and self-made contexts buy a next-token generator? Four objectives at equal compute.
+"""Four training objectives of a next-token generator at equal compute.
 
-Plain training, a mixture of predictions that anneals to the plain one (arXiv 2405.16847), scheduled sampling, and token
-noise, on the tokens of one tokenizer: scikit-learn's digits, and CIFAR-10 if the run of a tokenizer on it is named.
-Each is scored by the held-out loss of the next token in nats, by the share of samples that a classifier recognises, and
-by the Frechet distance on its features. A scheduled step has one more pass, so that there are 3/4 as many of them.
+The objectives are plain training, a mixture of predictions that anneals to the plain one (arXiv 2405.16847), scheduled
+sampling, and token noise, on the tokens of one tokenizer: of scikit-learn's digits, and of CIFAR-10 if a tokenizer's
+run on it is given. Each is scored by the held-out loss of the next token in nats, by the share of samples that a
+classifier recognises, and by the Frechet distance on its features. A step of scheduled sampling has one more pass, so
+it gets 3/4 as many steps.
 
     python benchmarks/objectives.py --out objectives/
     python benchmarks/objectives.py --digits quickstart/tokenizer --out objectives/
     python benchmarks/objectives.py --cifar runs/cifar10-llamagen-vq --out objectives/
 
-The digits' tokenizer is trained first unless ``--digits`` names one. ``--cifar-set`` changes the recipe of CIFAR-10's
-generator for a smaller machine. A run that was stopped goes on where it was.
+The digits' tokenizer is trained first unless ``--digits`` names one. ``--cifar-set`` overrides the config of CIFAR-10's
+generator, for a smaller machine. Runs that were stopped are resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
     "scheduled_sampling": ({"scheduled_sampling": {"share": 0.25}}, 0.75),
     "token_noise": ({"token_noise": 0.1}, 1.0),
 }
-"""By name the section of the config, and how many of the plain steps it gets."""
+"""By name: the changes to the config, and the number of steps as a factor of the plain one's."""
 MEASURES = ("val_loss", "recognised", "frechet")
 Scores = dict[str, float]
 
@@ -83,7 +84,7 @@ def measure(
     folder: Path,
     score: Callable[[Any], Scores],
 ) -> Scores:
-    """Train one generator, or go on with it, and score it."""
+    """Train one generator, or resume its training, and score it."""
     from vistok.pipelines import pipeline
     from vistok.train import train
     from vistok.train.monitor import read_metrics
@@ -112,7 +113,7 @@ def generator_config(file: Path, tokens: Path, changes: Sequence[str] = ()) -> d
 
 
 def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str], limit: int | None = None) -> None:
-    """Caches of both splits, each once: of all images, or of ``limit`` and a fifth as many held-out ones."""
+    """Write missing token caches of both splits: of all images, or of ``limit`` and a fifth as many held out."""
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize
@@ -128,7 +129,7 @@ def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str], li
 
 
 def digits(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], Scores]]:
-    """The config of a generator of digits, and what scores its pipeline."""
+    """The config of a generator of digits, and a function that scores its pipeline."""
     import torch
 
     from vistok.config import load_config
@@ -158,7 +159,7 @@ def digits(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any
 
 
 def cifar10(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], Scores]]:
-    """The config of a generator of CIFAR-10, and what scores its pipeline."""
+    """The config of a generator of CIFAR-10, and a function that scores its pipeline."""
     import cifar10 as shared
 
     data = find(arguments.data, "data/cifar10.zip", "--data")
@@ -166,7 +167,7 @@ def cifar10(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[An
     tokens = arguments.out / "cifar10-tokens"
     write_tokens(arguments.cifar, tokens, "flip", [f"data.root={data}"], arguments.cifar_images)
     real = shared.real_features(instrument, data)
-    changes = ["model.positions=learned", *arguments.cifar_set]  # of any tokenizer, on a raster or not
+    changes = ["model.positions=learned", *arguments.cifar_set]  # works for tokens on a raster or not
     config = generator_config(RECIPES / "cifar10" / "llama.yaml", tokens, changes)
 
     def score(pipe: Any) -> Scores:

@@ -1,19 +1,20 @@
-"""One token after another, or many at once: generators of every kind at equal training, in one table.
+"""Sequential and parallel generators of every kind at equal training, in one table.
 
     python benchmarks/parallel.py digits --seconds 75 --out runs/parallel
     python benchmarks/parallel.py cifar10 --tokenizer-seconds 120 --seconds 90 --num 1000 --out runs/parallel
 
-Llama (plain, and with Jacobi decoding), Token-Shuffle, RandAR and LPD learn the ids of one tokenizer, VAR those of its
-own, which has several scales, and MAR and xAR the latents of a KL autoencoder. Each generator trains for the same
-core-seconds (a trial of its steps tells how many that are; tokenizing is not counted); all have the size and the batch
-of their configs for CIFAR-10, on digits smaller ones. They are sampled as their configs say.
+Llama (plain, and with Jacobi decoding), Token-Shuffle, RandAR and LPD learn the ids of one tokenizer; VAR learns those
+of its multi-scale tokenizer; MAR and xAR learn the latents of a KL autoencoder. Each generator trains for the same
+core-seconds, without the time of tokenizing; a trial gives the number of steps. All have the size and the batch of
+their configs for CIFAR-10, smaller ones on digits, and are sampled as their configs say.
 
-Reported, as seen: network calls (passes through all blocks of the transformer) and seconds of one image alone, the mean
-over ten; seconds per image in batches; the share of samples recognised as the class asked for, and the Frechet distance
-on the features of the classifier that recognises them. It is fitted to real digits in the run, or the fixed instrument
-for CIFAR-10; neither is FID. MAR's small head runs more often than its transformer: ``num_steps`` times per call.
+Reported: network calls (passes through all blocks of the transformer) and seconds of an image that is sampled alone,
+the mean over ten; seconds per image in batches; the share of samples that a classifier recognises as the class asked
+for, and the Frechet distance on its features. The classifier is fitted to real digits in the run, or is the fixed one
+for CIFAR-10; the distance is not FID. MAR's small head runs more often than its transformer: ``num_steps`` times per
+call.
 
-A tokenizer or generator that is in the folder already is not trained again.
+Tokenizers and generators that exist in the folder are not trained again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from common import RECIPES, find, finish, load_instrument, say, use_threads
 
 CLASSES = 10
 TRIALS = (5, 25)
-"""Steps of two trials, whose difference is the cost of a step."""
+"""Numbers of steps of two trials; their difference in time gives the cost of a step."""
 QUIET = ("training.image_every=0", "training.save_every=0", "training.log_every=50", "curve=null")
 COLUMNS = ("steps", "core_seconds", "calls", "s_alone", "s_per_image", "recognised", "frechet")
 Scores = dict[str, float]
@@ -42,10 +43,10 @@ class Row:
     """A line of the table.
 
     Attributes:
-        config: the generator's, in configs/cifar10.
-        tokenizer: whose tokens it models.
-        digits: changes for digits, of 4x4 tokens.
-        sampling: options beside those of the config.
+        config: the generator's config, cifar10/NAME.
+        tokenizer: the tokenizer whose tokens the generator models.
+        digits: overrides of the config for digits, which have 4x4 tokens.
+        sampling: sampling options in addition to those of the config.
     """
 
     config: str
@@ -66,7 +67,7 @@ ROWS = {
     "xAR": Row("xar", "kl", (*TWICE_TWO, "model.layout.size=2")),
 }
 TOKENIZERS = {"vq": ("randar", "llamagen_vq"), "var": ("var", "var_vq"), "kl": ("xar", "kl_vae")}
-"""By their names in the table: whose quickstart has them on digits, and the config for CIFAR-10."""
+"""By a tokenizer's name: the system whose quickstart trains it on digits, and the config for CIFAR-10."""
 SMALL = ("model.dim=128", "optimizer.lr=1e-3", "lr_scheduler.warmup_steps=50", "training.mixed_precision=no")
 SMALL_AVERAGE = "training.ema_decay=0.995"
 
@@ -99,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=75, help="core-seconds that each generator trains for")
     parser.add_argument("--tokenizer-seconds", type=float, default=120, help="of each tokenizer of CIFAR-10")
     parser.add_argument("--num", type=int, default=500, help="samples that are scored")
+    parser.add_argument("--batch-size", type=int, default=250, help="samples made at once; xAR needs most memory")
     parser.add_argument("--only", nargs="*", default=[row.config for row in ROWS.values()], help="configs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--root", help="CIFAR-10 as a .zip or folder in ImageFolder layout")
@@ -114,7 +116,7 @@ def needed(arguments: argparse.Namespace) -> list[str]:
 
 
 def digits(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], list[str], Callable[[Any], Scores]]:
-    """Token caches by tokenizer, changes to the configs, and what scores samples."""
+    """Token caches by tokenizer, overrides of the configs, and a function that scores samples."""
     import torch
 
     from vistok.config import load_config
@@ -143,7 +145,7 @@ def digits(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], l
 
 
 def cifar10(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], list[str], Callable[[Any], Scores]]:
-    """As ``digits``, of CIFAR-10."""
+    """As ``digits``, for CIFAR-10."""
     import cifar10 as shared
     import torch
 
@@ -176,7 +178,7 @@ def load(run: Path) -> Any:
 
 
 def write_tokens(run: Path, out: Path, views: str) -> Path:
-    """The token cache of a tokenizer's training images."""
+    """Write the token cache of a tokenizer's training images; returns its folder."""
     from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize
 
@@ -187,12 +189,12 @@ def write_tokens(run: Path, out: Path, views: str) -> Path:
 
 
 def train_for(row: Row, changes: list[str], seconds: float, out: Path) -> tuple[Path, Scores]:
-    """The run of a generator that has trained for so many core-seconds, and how many steps those were."""
+    """Train a generator for ``seconds`` core-seconds; returns its run, and its steps and core-seconds by name."""
     from vistok.config import load_config
 
     run = out / row.config
     if not (run / "core_seconds.txt").exists():
-        shutil.rmtree(run, ignore_errors=True)  # what was interrupted begins anew
+        shutil.rmtree(run, ignore_errors=True)  # an interrupted run starts again
         steps = steps_in(row.config, changes, seconds)
         used = train_steps(row.config, changes, steps, run)
         (run / "core_seconds.txt").write_text(str(used))
@@ -201,14 +203,14 @@ def train_for(row: Row, changes: list[str], seconds: float, out: Path) -> tuple[
 
 
 def steps_in(config: str, changes: list[str], seconds: float) -> int:
-    """How many steps take so many core-seconds."""
+    """The number of steps that take ``seconds`` core-seconds."""
     with tempfile.TemporaryDirectory(prefix="vistok-trial-") as folder:
         costs = [train_steps(config, changes, steps, Path(folder) / str(steps)) for steps in TRIALS]
     return max(int(seconds * (TRIALS[1] - TRIALS[0]) / (costs[1] - costs[0])), 1)
 
 
 def train_steps(config: str, changes: list[str], steps: int, run: Path) -> float:
-    """Train, and return the core-seconds that it took."""
+    """Train; returns the core-seconds of the training."""
     from vistok.config import load_config
     from vistok.train import train
 
@@ -221,7 +223,7 @@ def train_steps(config: str, changes: list[str], steps: int, run: Path) -> float
 def measure(
     run: Path, sampling: dict[str, Any], arguments: argparse.Namespace, score: Callable[[Any], Scores]
 ) -> Scores:
-    """Ten images alone, and all that are scored in batches."""
+    """Sample ten images alone, and all scored images in batches."""
     from vistok.pipelines import pipeline
 
     pipe = pipeline(run)
@@ -232,14 +234,14 @@ def measure(
             pipe([label], **sampling)
             alone += time.perf_counter() - begin
     begin = time.perf_counter()
-    made = pipe(list(range(CLASSES)), arguments.num // CLASSES, batch_size=250, **sampling)
+    made = pipe(list(range(CLASSES)), arguments.num // CLASSES, batch_size=arguments.batch_size, **sampling)
     seconds = time.perf_counter() - begin
     figures = {"calls": calls.count / CLASSES, "s_alone": alone / CLASSES, "s_per_image": seconds / len(made.labels)}
     return figures | score(made)
 
 
 class CallCounter:
-    """While entered, counts passes through all blocks of a generator's transformer, or of a copy of it."""
+    """A context that counts passes through all blocks of a generator's transformer, or of a copy of it."""
 
     def __init__(self, generator: Any):
         lists = [getattr(generator, name, ()) for name in ("blocks", "encoder_blocks", "decoder_blocks")]

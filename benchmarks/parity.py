@@ -1,8 +1,9 @@
-"""`vistok eval` beside torch-fidelity's command line, and beside itself however the same images are read.
+"""`vistok eval` against torch-fidelity's command line, and against itself for other ways to read the same images.
 
-Both commands score CIFAR-10's test images against its training images with one weights file of Inception (random values
-if none is given: the published ones need a network). vistok does it in batches of 7, 32 and 50, from a folder, an .npz
-and webdataset shards whose order is another, in one process and in two. Printed: relative differences of all scores.
+Both commands score CIFAR-10's test images against its training images with the same weights of Inception (random ones
+if none are given, since the published ones need a download). vistok runs in batches of 7, 32 and 50, from a folder, an
+.npz and webdataset shards in another order, in one process and in two. The relative differences of all scores are
+printed.
 
     python benchmarks/parity.py --data ../shared/data/cifar10.zip --images 100 80
 
@@ -83,7 +84,7 @@ def relative(value: float, expected: float) -> float:
 
 
 def read(data: Path, split: str, count: int) -> np.ndarray:
-    """uint8 (count, 32, 32, 3), evenly spread over the classes."""
+    """Images uint8 (count, 32, 32, 3), evenly spread over the classes."""
     with zipfile.ZipFile(data) as archive:
         names = sorted(name for name in archive.namelist() if f"/{split}/" in name and name.endswith(".jpg"))
         chosen = names[:: len(names) // count][:count]

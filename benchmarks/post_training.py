@@ -1,18 +1,18 @@
-"""Does a tokenizer that bears a generator's errors make better samples? (arXiv 2503.08354, 2509.12474)
+"""Whether tokenizers that are robust to a generator's errors give better samples (arXiv 2503.08354, 2509.12474).
 
 ViT-VQGAN's tokenizer (32 px, 8x8 tokens of 512 codes; pixel and adversarial terms) is trained with and without the
-perturbation of its latents, at equal steps. A generator is trained on the tokens of each, and makes images of partly
-generated tokens of training images (`vistok pairs`). The decoder then goes on learning to make the real images of
-these (post-training); beside it, for as many steps, to make them of themselves, since more training helps, too.
+perturbation of its latents, for equal steps. A generator is trained on the tokens of each, and makes images of partly
+generated tokens of training images (`vistok pairs`). The decoder is then trained further to make the real images of
+these (post-training). As a control it is trained for as many steps to reconstruct the real images.
 
 Each decoder is judged by Frechet distances: of reconstructions of held-out images (like rFID), of reconstructions from
 perturbed tokens (like pFID; the mean over the grid RATES x STRENGTHS), and of a generator's samples, the same tokens
-for all decoders of a tokenizer. The features are EfficientNet-Lite0's at 64 px, averaged over places: these are no
-FIDs, and at few images they are larger than at many.
+for all decoders of a tokenizer. The features are EfficientNet-Lite0's at 64 px, averaged over places. These distances
+are not FID, and with few images they are larger than with many.
 
     python benchmarks/post_training.py --root ../shared/data/cifar10.zip --out post_training/
 
-A run that was stopped goes on where it was. ``--root`` is a folder or archive of images in folders train/ and test/,
+Runs that were stopped are resumed. ``--root`` is a folder or archive of images in folders train/ and test/,
 one for each class.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.root = find(arguments.root, "data/cifar10.zip", "--root")
     rows = []
-    for seed in range(arguments.seeds):  # both variants of a seed first: then a part of the work is a comparison
+    for seed in range(arguments.seeds):  # the inner loop runs the variants, so that a partial result compares them
         for perturbed in (False, True):
             for stage, scores in measure(perturbed, seed, arguments).items():
                 rows.append(({"stage": stage, "perturbation": perturbed}, scores))
@@ -94,7 +94,7 @@ def plain(stage: str) -> str:
 
 
 def measure(perturbed: bool, seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The scores of a tokenizer with each decoder of ``STAGES``; what is there of it from before is used."""
+    """The scores of a tokenizer with each decoder of ``STAGES``; existing runs are reused."""
     from vistok.pipelines import pipeline
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.pairs import write_pairs
@@ -136,7 +136,7 @@ def images(arguments: argparse.Namespace, split: str, limit: int) -> Any:
 
 
 def learn(recipe: str, folder: Path, steps: int, seed: int, changes: dict[str, Any], lr: float | None = None) -> Path:
-    """A run of a recipe with changes of its sections; ``model``, ``losses`` and ``sampling`` are replaced."""
+    """Train by a recipe with changed sections; ``model``, ``losses`` and ``sampling`` are replaced as a whole."""
     from vistok.config import load_config
     from vistok.train import train
 
@@ -197,7 +197,7 @@ def gaussian(pictures: Any) -> Any:
 
 @cache
 def real(root: Path, count: int) -> Any:
-    """The moments of the held-out images."""
+    """The feature moments of the held-out images."""
     from vistok.data import DataConfig
     from vistok.eval.tokenizers import DataImages
 

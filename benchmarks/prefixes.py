@@ -21,8 +21,8 @@ def prefix_figures(tokenizer: Tokenizer, instrument, test: Tensor, train: Tensor
 
     Args:
         instrument: the classifier's module.
-        test: pixels (N, 3, 32, 32) in [-1, 1] that are encoded, decoded and scored.
-        train: pixels that the principal components are fitted to.
+        test: pixels (N, 3, 32, 32) in [-1, 1] to encode, decode and score.
+        train: pixels to fit the principal components to.
     """
     lengths = prefix_lengths(tokenizer.spec)
     scores = [score(instrument, decoded, test) for decoded in decode_prefixes(tokenizer, test, lengths)]
@@ -42,14 +42,14 @@ def prefix_figures(tokenizer: Tokenizer, instrument, test: Tensor, train: Tensor
 
 
 def prefix_lengths(spec: TokenSpec) -> list[int]:
-    """1, 4, 16 and all tokens, as far as such a prefix decodes."""
+    """1, 4, 16 and all tokens, without those lengths whose prefixes do not decode."""
     return [k for k in LENGTHS if k < spec.length and k % spec.prefix_step == 0] + [spec.length]
 
 
 @torch.no_grad()
 def decode_prefixes(tokenizer: Tokenizer, pixels: Tensor, lengths: list[int], batch_size: int = 250) -> list[Tensor]:
-    """Pixels (N, 3, 32, 32) decoded from the first k ids, for each k; from the same noise, with the steps and the
-    guidance that the config gives (in ``configs/cifar10`` none)."""
+    """Pixels (N, 3, 32, 32) decoded from the first k ids, for each k, all from the same noise, with the config's steps
+    and guidance (none in the cifar10 configs)."""
     parts = []
     for start in range(0, len(pixels), batch_size):
         ids = tokenizer.encode(pixels[start : start + batch_size])

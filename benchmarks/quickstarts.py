@@ -2,7 +2,7 @@
 
     python benchmarks/quickstarts.py --systems vit_vqgan dar --seeds 0 1 2 --out runs/quickstarts
 
-A folder that has a result.json already is read and not made again, so that the command goes on where it stopped.
+Folders that have a result.json are read and not made again, so a stopped command can be repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def quickstart(system: str, seed: int, out: Path) -> dict[str, Any]:
-    """What result.json of a quickstart in ``out`` says."""
+    """The content of a quickstart's result.json; runs the quickstart if there is none."""
     if not (out / "result.json").exists():
         say(f"{system}, seed {seed}")
         command = [sys.executable, "-m", "vistok", "quickstart", "--system", system, "--seed", str(seed)]
@@ -47,7 +47,7 @@ def quickstart(system: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def table(results: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """The lines of a Markdown table; a score that a system has not is left empty."""
+    """The lines of a Markdown table; scores that a system lacks are left empty."""
     names = list(dict.fromkeys(name for row in results.values() for name in row if name not in ABOUT))
     lines = [f"| system | seed | {' | '.join(names)} | seconds |", f"|---|---{'|---' * len(names)}|---|"]
     for (system, seed), row in results.items():

@@ -3,8 +3,8 @@
     python benchmarks/same_curves.py              # the working tree against HEAD
     python benchmarks/same_curves.py main         # against another revision
 
-A tokenizer with an adversary, one of latents, and a generator of each kind train a few steps on the digits, in either
-tree, with the configs of this file. Every number of metrics.jsonl has to be the same to the last bit, but for times.
+A tokenizer with a discriminator, one of latents, and a generator of each kind train for a few steps on the digits, with
+each revision and the configs of this file. All numbers in metrics.jsonl except times must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from common import ROOT, finish, say
 
 TIMES = ("seconds", "second", "time", "memory")
-"""Parts of the names of what a log row measures of the machine."""
+"""Parts of the names of log entries that measure the machine, such as times."""
 
 VIT = {"dim": 16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}
 GAN = {
@@ -49,11 +49,11 @@ GENERATORS = {
     "xar": "kl_vae",
 }
 FROM_DATA = ("spec", "num_classes", "image_size", "in_channels")
-"""Arguments of the models' ``tiny`` that the data give."""
+"""Arguments in the models' ``tiny`` that are determined by the data."""
 
 
 def configs(folder: Path) -> list[tuple[str, dict]]:
-    """Every run by its name, tokenizers first."""
+    """The config of every run by its name, tokenizers first."""
     from vistok.checkpoints import registry
 
     def model(name: str) -> dict:
@@ -71,7 +71,7 @@ def configs(folder: Path) -> list[tuple[str, dict]]:
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Train every run with the vistok that is imported; the rows of its log without times."""
+    """Train every run with the imported vistok; returns the rows of its log without times."""
     import torch
 
     from vistok.checkpoints import load
@@ -91,7 +91,7 @@ def curves(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def of_tree(tree: Path) -> dict[str, list[dict[str, float]]]:
-    """``curves`` of the vistok of a tree, in a process of its own."""
+    """``curves`` with the vistok of a source tree, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "curves.json"
         command = [sys.executable, __file__, "--write", str(out)]

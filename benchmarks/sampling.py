@@ -1,19 +1,18 @@
-"""Cached sampling of LlamaGen's GPT-B beside the floor of the machine: a step takes at most 1.3 times as long.
+"""Cached sampling of LlamaGen's GPT-B against the machine's floor; a step should take at most 1.3 times as long.
 
     python benchmarks/sampling.py --threads 2
 
-The model has 111 M random weights and samples a batch of 4 with guidance, 8 rows. The floor of a step is measured in
-the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
-with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
-packs its weights for a few rows, so it can go below that floor; packing takes as long as a few steps, and is not in
-these times. Beside it stand a bare sum over the bytes that a step reads, weights and live cache, and LlamaGen's own
-loop in float32, rebuilt from its description.
+The model has 111 M random weights and samples a batch of 4 with guidance, 8 rows. The floor of a step is the time of
+the bare matrix products of the same weights with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention
+over the live part of the same cache. It is measured in the same run, alternating with the step, so that a busy machine
+slows both alike. Sampling packs its weights for a few rows, so it can be faster than the floor; packing takes as long
+as a few steps and is not timed. Two other times are reported: of a bare sum over the bytes that a step reads (weights
+and live cache), and of LlamaGen's own loop in float32, rebuilt from its description.
 
-A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
-and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
-after another, as sampling does them: the first find the processor's caches full of what was measured before, and are
-not timed. Reported are medians over the steps and the repeats. Recomputing the whole prefix for each token, which needs
-no cache, is measured once per position.
+The time of a step grows linearly with the cache, so a few evenly spaced stretches give the mean over a sequence. For
+each the cache is filled with random keys and values, and rewound. A stretch is several consecutive steps; the first are
+not timed, because the CPU's caches still hold other data. Medians over steps and repeats are reported. Recomputing the
+whole prefix for each token, without a cache, is measured once per position.
 
 At the end xAR and MAR sample continuous tokens, see ``sampling_continuous.py``.
 """
@@ -46,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Setting:
-    """One model with a full cache, of which each measurement lives on a first part."""
+    """One model with a full cache; each measurement uses the first part of it."""
 
     def __init__(self, length: int, dtype: torch.dtype, options: DecodingOptions):
         side = math.isqrt(length)
@@ -74,14 +73,14 @@ class Setting:
 
     def step(self, position: int) -> None:
         """Feed the token before ``position``, and sample the one there."""
-        for layer in self.session.kv_cache.layers:  # all of it is filled, so its live part may also grow
+        for layer in self.session.kv_cache.layers:  # the whole cache is filled, so its live part may also grow
             layer.length = self.model.condition_length + position - 1
         self.session.step, self.session.seen = position, position - 1
         next(self.session.generate(1))
 
     @torch.inference_mode()
     def floor(self, position: int) -> None:
-        """The products and the attention that no implementation of such a step can avoid."""
+        """The matrix products and the attention that every implementation of a step needs."""
         live = self.model.condition_length + position
         for block, (key, value) in zip(self.model.blocks, self.memory, strict=True):
             self._product(block.attn.qkv)
@@ -95,7 +94,7 @@ class Setting:
 
     @torch.inference_mode()
     def bytes(self, position: int) -> None:
-        """A bare sum over what a step has to read: the weights, and the live part of the cache."""
+        """A bare sum over what a step reads: the weights and the live part of the cache."""
         live = self.model.condition_length + position
         for weight in self.weights:
             weight.sum()
@@ -105,8 +104,8 @@ class Setting:
 
     @torch.inference_mode()
     def reference(self, position: int) -> None:
-        """A step as LlamaGen's own loop does it: the whole padded cache under a boolean mask, gate and up apart, and a
-        sort of the vocabulary before the draw."""
+        """A step of LlamaGen's own loop: attention over the whole padded cache under a boolean mask, separate gate and
+        up projections, and a sort of the vocabulary before the draw."""
         model, entry = self.model, slice(position, position + 1)
         x = model.embed_tokens(self.ids[:, position - 1 : position].repeat(2, 1), None, None)
         seen = torch.arange(self.memory[0][0].shape[2]) <= position
@@ -144,14 +143,14 @@ def seconds(work: Callable[[int], None], position: int) -> float:
 
 
 def stretch(work: Callable[[int], None], position: int) -> list[float]:
-    """Seconds of each of the steps at ``position`` and after it."""
+    """Seconds of each step from ``position`` on."""
     for ahead in range(UNTIMED, 0, -1):
         work(position - ahead)
     return [seconds(work, position + i) for i in range(TIMED)]
 
 
 def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) -> dict[str, float]:
-    """Milliseconds of a step and of its floor, "fp32", "fp32_floor", ...: everything in turn, medians."""
+    """Median milliseconds of a step and of its floor by name, "fp32", "fp32_floor", ...; measurements alternate."""
     works = {}
     for name, setting in settings.items():
         works |= {name: setting.step, f"{name}_floor": setting.floor, f"{name}_bytes": setting.bytes}
@@ -170,8 +169,8 @@ def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) ->
 
 
 def peak_memory_mb() -> float:
-    """The largest resident size of this process so far."""
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    """The peak resident size of this process in MB."""
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
 

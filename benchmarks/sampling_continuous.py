@@ -1,14 +1,14 @@
-"""Sampling of xAR and MAR in seconds per image, beside samplers that recompute whatever they can.
+"""Sampling of xAR and MAR in seconds per image, against samplers that recompute instead of caching.
 
     python benchmarks/sampling_continuous.py --threads 2
 
 Both models have random weights and sample a batch of 4 with guidance from 16x16 latents of 16 channels. xAR has width
 384, 4 + 4 blocks, four cells of 8x8 and 5 steps; without a cache every call runs over all entities so far. MAR has the
-same width and depth, 8 iterations and 25 denoising steps; encoder and decoder have nothing to remember, as attention
-goes both ways, but the head denoises the tokens of an iteration only. Without that it denoises all that are unknown,
-and keeps some. Each pair gives the same latents, which is checked, and is timed in turn, so that a busy machine slows
-both alike; reported are medians. Tokens per call are those of an image, its null row included. ``sampling.py`` ends
-with the same figures, measured once.
+same width and depth, 8 iterations and 25 denoising steps. Its encoder and decoder cannot use a cache, since attention
+is bidirectional, but its head denoises only the tokens of the current iteration; the other sampler denoises all unknown
+tokens and keeps some. The script checks that each pair gives the same latents. The two alternate, so that a busy
+machine slows both alike; medians are reported. Tokens per call are those of an image and its null row. ``sampling.py``
+ends with the same figures, measured once.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def mar_recomputed(model: MAR, condition: Condition, options: MAROptions, draws:
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[list[int]]:
-    """Within the block, the rows of channels that each call of ``module`` was given."""
+    """A context that records the number of input vectors in each call of ``module``."""
     sizes: list[int] = []
     hook = module.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[:-1].numel()))
     try:
@@ -112,7 +112,7 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 
 
 def measure(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Median seconds per image of each run, in turn."""
+    """Median seconds per image of each run; runs alternate."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

@@ -1,13 +1,13 @@
-"""Are the tokens of larger tokenizers harder to predict, and does semantic regularisation help? (arXiv 2504.08736)
+"""Whether larger tokenizers make tokens harder to predict, and semantic regularisation helps (arXiv 2504.08736).
 
-Two sizes of GigaTok's tokenizer (on a raster, 32 px, 4x4 tokens of 512 codes) are trained at equal steps, with and
-without the alignment of a layer of the decoder with EfficientNet-Lite0's features. Each is then judged as
-``vistok probe`` does it: reconstructions of held-out images, the held-out loss of a small generator on its tokens, and
-linear probes.
+Two sizes of GigaTok's tokenizer (on a raster, 32 px, 4x4 tokens of 512 codes) are trained for equal steps, with and
+without aligning a layer of the decoder with EfficientNet-Lite0's features. Each is then evaluated as by
+``vistok probe``: reconstructions of held-out images, the held-out loss of a small generator on its tokens, and linear
+probes.
 
     python benchmarks/semantic_regularization.py --root ../shared/data/cifar10.zip --out semantic_regularization/
 
-A run that was stopped goes on where it was. ``--root`` is a folder or archive of images in folders train/ and test/,
+Runs that were stopped are resumed. ``--root`` is a folder or archive of images in folders train/ and test/,
 one for each class.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     arguments.root = find(arguments.root, "data/cifar10.zip", "--root")
     figures: dict[str, Any] = {}
     rows = []
-    for seed in range(arguments.seeds):  # all variants of a seed first, so that a part of the work is a comparison, too
+    for seed in range(arguments.seeds):  # the inner loop runs the variants, so that a partial result compares them
         for size in SIZES:
             for regularised in (False, True):
                 scores = measure(size, regularised, seed, arguments)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def measure(size: str, regularised: bool, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """The scores of one tokenizer; what is there of it from before is used."""
+    """The scores of one tokenizer; existing runs are reused."""
     from vistok.probing import ProbeSettings, probe
 
     folder = arguments.out / f"{size}-{'with' if regularised else 'without'}-{seed}"

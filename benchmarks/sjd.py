@@ -1,4 +1,4 @@
-"""Several tokens in a pass: plain decoding, speculative Jacobi decoding (SJD), and Token-Shuffle's windows.
+"""Several tokens per pass: plain decoding, speculative Jacobi decoding (SJD), and Token-Shuffle's windows.
 
     python benchmarks/sjd.py --digits quickstart/ --minutes 3 --generator-minutes 4 --out runs/sjd
 
@@ -6,11 +6,11 @@ On digits and on CIFAR-10 two generators are trained on the same tokens, for the
 which are plain next-token prediction, and windows of 2 x 2. The first is sampled by each decoding, the second plainly.
 For each:
 
-- **calls** of the transformer, the mean over images; that over the condition, which gives the first token or window,
-  is one of them. SJD commits row by row, so an image takes as many in any batch;
-- **seconds** for an image that is sampled alone, the mean over a few, all decodings in turn;
-- the share **recognised** as the class asked for, by the quickstart's classifier of digits and by the fixed classifier
-  of CIFAR-10.
+- **calls** of the transformer, the mean over images; the call that reads the condition and gives the first token or
+  window counts. SJD commits each row separately, so an image takes the same number of calls in any batch;
+- **seconds** for an image that is sampled alone, the mean over a few; decodings alternate;
+- the share **recognised** as the class asked for, by the quickstart's classifier of digits or the fixed classifier of
+  CIFAR-10.
 
 ``--digits`` is a folder of ``vistok quickstart --system token_shuffle``, whose windows of 2 x 2 are scored.
 """
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def digits(arguments: argparse.Namespace, out: Path) -> tuple[Pipeline, Pipeline, Recognise]:
-    """Generators of single tokens and of windows by texts such as "a seven", and what recognises digits."""
+    """Generators of single tokens and of windows, prompted by texts such as "a seven", and a classifier of digits."""
     config = config_file("token_shuffle", "generator")
     steps = load_config(config)["training"]["max_steps"]
     tokens = f"tokens={arguments.digits / 'tokens'}"
@@ -92,7 +92,7 @@ def digits(arguments: argparse.Namespace, out: Path) -> tuple[Pipeline, Pipeline
 
 
 def cifar10(arguments: argparse.Namespace, out: Path) -> tuple[Pipeline, Pipeline, Recognise]:
-    """Generators of single tokens and of windows by class, and the fixed classifier."""
+    """Class-conditional generators of single tokens and of windows, and the fixed classifier."""
     data = find(arguments.data, "data/cifar10.zip", "--data")
     instrument = find(arguments.instrument, "instruments/cifar10_classifier.py", "--instrument")
     recipes = RECIPES / "cifar10"
@@ -110,7 +110,7 @@ def cifar10(arguments: argparse.Namespace, out: Path) -> tuple[Pipeline, Pipelin
 def compare(
     single: Pipeline, windows: Pipeline, recognise: Recognise, arguments: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Calls, seconds and the share recognised of every way."""
+    """Calls, seconds and the share recognised for every decoding."""
     jacobi = SJD | {"window": arguments.window}
     ways = {
         PLAIN: (single, {}),
@@ -127,13 +127,13 @@ def compare(
                 pass
             seconds[way].append(time.perf_counter() - begin)
     for way, taken in seconds.items():
-        measured[way]["seconds"] = sum(taken[1:]) / arguments.alone  # the first one packs weights
+        measured[way]["seconds"] = sum(taken[1:]) / arguments.alone  # the first call also packs weights
     return measured
 
 
 @torch.no_grad()
 def quality(pipe: Pipeline, options: dict[str, Any], recognise: Recognise, num: int) -> dict[str, float]:
-    """Calls per image and the share recognised, of ``num`` images, the classes in turn."""
+    """Calls per image and the share recognised, of ``num`` images whose classes alternate."""
     keys, wanted = Keys.range(0, num), torch.arange(num) % CLASSES
     session, calls = start(pipe, options, keys, wanted), torch.zeros(num)
     for chunk in session.generate():
@@ -144,7 +144,7 @@ def quality(pipe: Pipeline, options: dict[str, Any], recognise: Recognise, num: 
 
 
 def start(pipe: Pipeline, options: dict[str, Any], keys: Keys, classes: Tensor) -> Session:
-    """A session for an image of each of ``classes``, which are given by text where the generator takes texts."""
+    """A session with an image for each of ``classes``; the condition is a text if the generator takes texts."""
     if pipe.text.parts:
         condition = pipe.text.condition([f"a {NUMBERS[label]}" for label in classes.tolist()])
     else:

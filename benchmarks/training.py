@@ -1,8 +1,8 @@
-"""Training steps per second, and how much of the machine's matrix product rate they reach.
+"""Training steps per second, and the share of the machine's matrix product rate that they reach.
 
-The rate is measured in the same run, in turn with the steps, by square matrix products in the same type. A step is
+The rate is measured in the same run, alternating with the steps, by square matrix products of the same dtype. A step is
 draws, forward, backward, clipping and AdamW on random data; its operations are those that torch counts in forward and
-backward. ``draws_share`` is the share of a step that its draws take.
+backward. ``draws_share`` is the share of a step's time that its draws take.
 
     python benchmarks/training.py --model llama_b --batch-size 8
     python benchmarks/training.py --model vit_vqgan_small --batch-size 4
@@ -11,8 +11,8 @@ On a GPU: ``--device cuda --dtype bf16 --compile --batch-size 64 --matrix 8192``
 
     python benchmarks/training.py --recipe moving_digits/larp_tokenizer
 
-tells what a step of the training loop itself waits for, with the recipe's own data: the shares of data, draws, forward,
-backward, optimizer, logging (with the row that is written every ``training.log_every`` steps) and of the rest.
+reports how the time of a step of the training loop is spent, with the recipe's own data: the shares of data, draws,
+forward, backward, optimizer, logging (with the row written every ``training.log_every`` steps) and the rest.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Workload(NamedTuple):
     """A model with the loss of one random batch.
 
     Attributes:
-        loss: of the draws of a step.
-        draws: by the keys of a step.
-        batch: samples of the batch.
-        units: what one step trains on: images, or tokens.
-        unit: their name.
+        loss: function from the draws of a step to its loss.
+        draws: function from the keys of a step to its draws.
+        batch: number of samples in the batch.
+        units: number of images or tokens that one step trains on.
+        unit: name of the units.
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ class Workload(NamedTuple):
 
 
 def generator(size: str, batch: int, device: str, length: int = 256) -> Workload:
-    """LlamaGen's GPT on the tokens of 256 px images."""
+    """LlamaGen's GPT on tokens of 256 px images."""
     side = int(length**0.5)
     model = Llama(TokenSpec(length, 16384, dim=8, grid=(side, side)), num_classes=1000, **Llama.sizes[size])
     model.train().to(device)
@@ -130,20 +130,20 @@ class Step:
         self.number = 0
 
     def draws(self) -> Draws:
-        """Those of the next step."""
+        """The draws of the next step."""
         self.number += 1
         device = torch.device(self.device)
         return draws_on(self.workload.draws(Keys.range(0, self.workload.batch, step=self.number).on(device)), device)
 
     def draw(self) -> float:
-        """Draw as for a step; the seconds that it took."""
+        """Make the draws of a step; returns the seconds."""
         begin = time.perf_counter()
         self.draws()
         synchronise(self.device)
         return time.perf_counter() - begin
 
     def __call__(self) -> float:
-        """Do it; the seconds that it took."""
+        """Run a step; returns the seconds."""
         begin = time.perf_counter()
         self.gradients()
         torch.nn.utils.clip_grad_norm_(self.workload.model.parameters(), 1.0)
@@ -182,7 +182,7 @@ def synchronise(device: str | torch.device) -> None:
 
 
 def peak_memory(device: str) -> float:
-    """GiB: of the device, or on a CPU of the whole process."""
+    """Peak memory in GiB: of the device, or on a CPU of the whole process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

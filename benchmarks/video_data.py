@@ -1,4 +1,4 @@
-"""Does the reader of clips keep up with the model, and does its memory stay flat? Clips per second of each.
+"""Whether the reader of clips keeps up with the model, and its memory stays constant: clips per second of each.
 
 Clips: 16 frames of 128 px from random places of real videos. Model: a training step of LARP's tokenizer, at full size
 on a GPU; on a CPU with fewer layers, whose number is in the report.
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def read(source: VideoSource, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Clips per second, and how many MB the peak of memory rises while the second half is read."""
+    """Clips per second, and the rise of peak memory in MB while the second half is read."""
     rounds = -(-arguments.clips // len(source))
     repeated = VideoSource(source.paths * rounds, [source.label(i) for i in range(len(source))] * rounds)
     reader = ClipBatches(repeated, ClipTransform(16, 128, flip=True))
@@ -62,7 +62,7 @@ def read(source: VideoSource, arguments: argparse.Namespace) -> tuple[float, flo
 
 
 def peak_memory() -> float:
-    """MB of this process and of its workers that have ended."""
+    """Peak memory in MB of this process and of its finished workers."""
     return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 

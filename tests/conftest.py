@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hypothesis import settings
 
-# Examples are slow where the machine is busy; that is no failure.
+# Examples may be slow on a busy machine; that is not a failure.
 # Repeatable: the same examples in every run. HYPOTHESIS_PROFILE=random draws others.
 settings.register_profile("vistok", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "vistok"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """What vistok keeps between runs is kept in the tests' own folder, also by processes that they start."""
+    """vistok's cache is in the tests' own folder, also for processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -26,7 +26,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One thread for torch: small tensors gain nothing by more, and sums over them come in one order."""
+    """One thread for torch: small tensors gain nothing from more, and sums are computed in one order."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,6 +1,6 @@
 """vistok: the toolkit for autoregressive visual generation.
 
-Everything public is imported on first use, so that ``import vistok`` costs next to nothing.
+Public names are imported on first use, so that ``import vistok`` takes almost no time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a model is conditioned on, as named parts: the spec of a model or of data, and the values of a batch.
+"""Conditions of a model as named parts: the spec of a model or of data, and the values of a batch.
 
 The parts are ``labels`` (a class), ``ids`` and ``features`` (a text as ids or as the states of a text encoder) and
-``given`` (tokens that come before: frames, another image). Any of them can be there together, or none.
+``given`` (preceding tokens: of frames or another image). A condition has any subset of them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class ConditionSpec:
-    """What a model can be conditioned on, or what data say of their samples: any of these together, or nothing.
+    """The parts of the conditions that a model takes, or that a data set has.
 
     Attributes:
-        num_classes: class labels are 0 .. num_classes - 1; 0 is no labels.
+        num_classes: class labels are 0 .. num_classes - 1; 0 means no labels.
         ids: a text as ids.
         features: a text as the states of a text encoder.
-        given: tokens that come before those that are modelled: ids, or latents.
+        given: tokens that precede the modelled ones: ids or latents.
     """
 
     num_classes: int = 0
@@ -66,11 +66,11 @@ class ConditionSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the parts that it has."""
+        """The names of the spec's parts."""
         return tuple(name for name in PARTS if (self.num_classes if name == "labels" else getattr(self, name)))
 
     def only(self, parts: Iterable[str]) -> ConditionSpec:
-        """The spec of the named parts alone."""
+        """The spec with only the named parts."""
         parts = _check_names(parts)
         return ConditionSpec(
             self.num_classes if "labels" in parts else 0,
@@ -78,7 +78,7 @@ class ConditionSpec:
         )
 
     def describe(self) -> str:
-        """In words: "class labels", "text features (B, 120, 2048)"."""
+        """The spec in words, such as "class labels" or "text features (B, 120, 2048)"."""
         words = []
         for name in self.parts:
             part = getattr(self, name, None)
@@ -88,12 +88,12 @@ class ConditionSpec:
         return " and ".join(words) or "no condition"
 
     def check(self, condition: Condition, taker: str = "this generator") -> Condition:
-        """Return a condition whose parts fit; the values of dropped rows do not matter. ``taker`` is for messages.
+        """Return ``condition`` if its parts fit; values of dropped rows are ignored. Messages name the ``taker``.
 
-        The range check reads the values once, so it belongs where conditions enter, not into a loop.
+        The range check makes the host wait for the values, so call it where conditions enter, not in a loop.
 
         Raises:
-            ValueError: a part that is not in the spec, another shape, or a value out of range.
+            ValueError: a part is not in the spec, has another shape, or has a value out of range.
         """
         for name, part in condition.parts.items():
             if name not in self.parts:
@@ -110,7 +110,7 @@ class ConditionSpec:
 
 
 WORDS = {"labels": "class labels", "ids": "condition ids", "features": "text features", "given": "given tokens"}
-"""What a part is called in messages."""
+"""The names of the parts in messages."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class ConditionPart:
 
     Attributes:
         values: (B,) int64 labels, (B, T) int64 ids, or (B, T, D) float features or latents.
-        dropped: (B,) bool, True for the rows that do without it: there the model uses its null embedding.
+        dropped: (B,) bool, True for rows without this part, in which the model uses its null embedding.
         mask: (B, T) bool, True where a position is valid, or None (all valid).
-        instead: what takes the place of rows that are dropped from now on (a negative prompt), or None.
+        instead: a part that replaces rows when they are dropped later (a negative prompt), or None.
     """
 
     values: Tensor
@@ -145,7 +145,7 @@ class ConditionPart:
         return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
 
     def drop(self, rows: Tensor) -> ConditionPart:
-        """The part without the rows of the (B,) bool mask, or with what takes their place."""
+        """The part with the rows of the (B,) bool mask dropped, or replaced if there is a part ``instead``."""
         if self.instead is None:
             return replace(self, dropped=self.dropped | rows)
         other, wide = self.instead, rows.view(-1, *[1] * (self.values.ndim - 1))
@@ -158,14 +158,14 @@ class ConditionPart:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is conditioned on: named parts, each with the rows in which it is dropped.
+    """The condition of a batch: named parts, each with the rows in which it is dropped.
 
-    A row without any part is unconditional. Training drops parts at random; guidance puts rows beside each other in
-    which different parts are dropped.
+    A row without any part is unconditional. Training drops parts at random; guidance makes one batch of rows in which
+    different parts are dropped.
 
     Attributes:
         size: number of rows B.
-        parts: by the names of ``PARTS``.
+        parts: the parts by name, see ``PARTS``.
         device: where the tensors are.
     """
 
@@ -205,7 +205,7 @@ class Condition:
 
     @classmethod
     def from_given(cls, tokens: Tensor, mask: Tensor | None = None) -> Condition:
-        """Tokens that come before: ids (B, T) or latents (B, T, D)."""
+        """Preceding tokens: ids (B, T) or latents (B, T, D), with an optional (B, T) mask of the valid positions."""
         return cls._of("given", _sequence("given tokens", tokens, mask, ndim=3 if tokens.is_floating_point() else 2))
 
     @classmethod
@@ -214,10 +214,10 @@ class Condition:
 
     @classmethod
     def together(cls, *conditions: Condition) -> Condition:
-        """One condition of the parts of several, which have different ones of the same rows.
+        """Combine the parts of several conditions of the same rows; each has different parts.
 
         Raises:
-            ValueError: no condition, two with the same part, or different numbers of rows.
+            ValueError: there is no condition, two have the same part, or their numbers of rows differ.
         """
         names = [name for condition in conditions for name in condition.parts]
         if not conditions or len(set(names)) < len(names):
@@ -227,7 +227,11 @@ class Condition:
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
-        """The rows of all conditions, one after another: the batch of guidance. They have the same parts."""
+        """Concatenate the rows of conditions with the same parts, for example those of guidance.
+
+        Raises:
+            ValueError: conditions have different parts.
+        """
         first = conditions[0]
         if any(other.parts.keys() != first.parts.keys() for other in conditions):
             raise ValueError(f"rows of one batch have the same parts, got {[list(c.parts) for c in conditions]}")
@@ -262,7 +266,7 @@ class Condition:
 
     @property
     def given(self) -> Tensor | None:
-        """(B, T) int64 ids or (B, T, D) float latents that come before, or None."""
+        """(B, T) int64 ids or (B, T, D) float latents of preceding tokens, or None."""
         return self._values("given")
 
     @property
@@ -272,7 +276,7 @@ class Condition:
 
     @property
     def dropped(self) -> Tensor:
-        """(B,) bool, True for the rows that are unconditional: every part is dropped."""
+        """(B,) bool, True for unconditional rows, in which every part is dropped."""
         return self.dropped_of(*self.parts)
 
     def dropped_of(self, *names: str) -> Tensor:
@@ -303,10 +307,10 @@ class Condition:
     def without(self, parts: Iterable[str] | None = None, rows: Tensor | None = None) -> Condition:
         """The same condition with the named parts dropped (None is all), in all rows or in those of the (B,) bool mask.
 
-        A part that it does not have is dropped already.
+        Named parts that the condition does not have are ignored.
 
         Raises:
-            ValueError: a name that is none of ``PARTS``.
+            ValueError: a name is not in ``PARTS``.
         """
         parts = PARTS if parts is None else _check_names(parts)
         if rows is None:
@@ -315,11 +319,11 @@ class Condition:
         return replace(self, parts=changed)
 
     def instead(self, other: Condition) -> Condition:
-        """The same condition, where the parts of ``other`` take the place of its own when they are dropped: guidance
-        then leads away from them (a negative prompt), not from the unconditional.
+        """The same condition, whose parts are replaced by those of ``other`` when they are dropped. Guidance then leads
+        away from ``other`` (a negative prompt) instead of the unconditional prediction.
 
         Raises:
-            ValueError: another number of rows, or a part that this condition does not have.
+            ValueError: ``other`` has another number of rows, or a part that this condition does not have.
         """
         if len(other) != self.size or not other.parts.keys() <= self.parts.keys():
             raise ValueError(f"{list(other.parts)} of {len(other)} rows cannot stand in for {list(self.parts)}")
@@ -327,7 +331,7 @@ class Condition:
         return replace(self, parts=parts)
 
     def only(self, parts: Iterable[str]) -> Condition:
-        """The condition of the named parts alone, as far as they are there."""
+        """The condition with only the named parts, if it has them."""
         parts = _check_names(parts)
         return replace(self, parts={name: part for name, part in self.parts.items() if name in parts})
 
@@ -336,12 +340,12 @@ class Condition:
         return self.without(PARTS, rows)
 
     def null(self) -> Condition:
-        """The unconditional rows of this condition. Masks stay: both halves see one prompt length."""
+        """The same condition with all parts dropped. Masks stay, so that conditional and null rows have one length."""
         return self.without()
 
 
 def _cat(parts: Sequence[ConditionPart]) -> ConditionPart:
-    """The rows of all, one after another; one without a mask is valid everywhere."""
+    """Concatenate the rows of several parts; a part without a mask is valid everywhere."""
     masked = any(part.mask is not None for part in parts)
     mask = torch.cat([part.valid() for part in parts]) if masked else None
     return ConditionPart(torch.cat([p.values for p in parts]), torch.cat([p.dropped for p in parts]), mask)

@@ -1,7 +1,7 @@
 """Configs: YAML files with ``key=value`` overrides, checked against the signature of what they configure.
 
-:func:`load_config` reads plain containers, :func:`check` compares them with a signature before any work starts (see
-``vistok.signatures``), and :func:`save_config` writes what a run really used.
+:func:`load_config` reads plain containers, ``vistok.signatures`` compares them with a signature before any work starts,
+and :func:`save_config` writes the values that a run used.
 """
 
 from __future__ import annotations
@@ -22,47 +22,23 @@ from vistok.signatures import (
     ShellCommand,
     alternatives,
     annotations_of,
-    build,
-    check,
-    check_least,
-    describe,
     dotted,
     mismatch,
     section_type,
-    with_todays_names,
 )
 from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
-from vistok.utils.spelling import nearest, suggestion
 
-__all__ = [
-    "NOTHING",
-    "Allowed",
-    "ConfigError",
-    "KeysOf",
-    "ShellCommand",
-    "annotations_of",
-    "build",
-    "check",
-    "check_least",
-    "describe",
-    "differences",
-    "load_config",
-    "nearest",
-    "override",
-    "save_config",
-    "suggestion",
-    "with_todays_names",
-]
+__all__ = ["NOTHING", "Allowed", "differences", "load_config", "override", "save_config"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """What the values on a command line may do beyond being values. A file may never do it.
+    """What overrides on a command line may do besides setting values. Config files may never do it.
 
     Attributes:
-        commands: ``pipe:COMMAND`` runs a command where data are read.
-        environment: ``${oc.env:NAME}`` is the value of an environment variable.
+        commands: whether ``pipe:COMMAND`` may run a command to read data.
+        environment: whether ``${oc.env:NAME}`` may read an environment variable.
     """
 
     commands: bool = False
@@ -81,18 +57,18 @@ def load_config(
 ) -> dict[str, Any]:
     """Read a YAML file, apply ``key.sub=value`` overrides, resolve ``${a.b}`` references.
 
-    Returns plain dicts, lists and scalars. The file may refer to its own keys alone: a resolver such as
+    Returns plain dicts, lists and scalars. The file may only refer to its own keys; a resolver such as
     ``${oc.env:HOME}`` is refused.
 
     Args:
-        overrides: values are YAML (``a=[1,2]``, ``b=null``, ``lr=1e-4``), but where ``target`` takes a text, the text
-            after ``=`` is the value as it stands, except ``null`` where there may be none.
-        target: what the config is checked against later.
+        overrides: values are YAML (``a=[1,2]``, ``b=null``, ``lr=1e-4``). If ``target`` takes a string at the key, the
+            text after ``=`` is the value, except that ``null`` is None if ``target`` takes None.
+        target: the class or function that the config is checked against later.
         allowed: what overrides may do.
 
     Raises:
-        ConfigError: a missing or malformed file, a malformed override, a reference to nothing, a resolver, or a value
-            left as ``???``.
+        ConfigError: the file is missing or malformed, an override is malformed, a reference leads nowhere, a resolver
+            is called, or a value is left as ``???``.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -124,8 +100,8 @@ def override(
     """Apply ``key.sub=value`` overrides to plain values; arguments and errors are those of :func:`load_config`.
 
     Args:
-        values: plain values, in which ``${`` is text; or a config that OmegaConf has read, with its references.
-        source: what messages call them.
+        values: plain values, in which ``${`` is text; or a config of OmegaConf, in which it is a reference.
+        source: name of ``values`` in messages.
     """
     from omegaconf import MISSING, OmegaConf
     from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -164,7 +140,7 @@ def override(
 
 
 def _override_value(text: str, annotation: Any, allowed: Allowed) -> Any:
-    """The value of an override, in the terms of OmegaConf: references are still texts."""
+    """The value of an override for OmegaConf; references are not resolved yet."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -182,7 +158,7 @@ def _override_value(text: str, annotation: Any, allowed: Allowed) -> Any:
     texts = [choice for choice in choices if typing.get_origin(choice) in (tuple, list, Sequence)]
     if any(typing.get_args(choice)[:1] == (str,) for choice in texts):
         try:
-            items = yaml.load(value, Loader=yaml.BaseLoader)  # which leaves every scalar as it is written
+            items = yaml.load(value, Loader=yaml.BaseLoader)  # it leaves every scalar a string
         except yaml.YAMLError:
             items = None
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
@@ -213,7 +189,7 @@ def _with_environment(text: str, value: str, allowed: Allowed) -> str:
 
 
 def _with_texts(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` changed in place: the texts of ``overrides`` in their places, as far as sections lead there."""
+    """Set the unparsed values of ``overrides`` in ``values``, in place; returns ``values``."""
     for text in overrides:
         key, _, value = text.partition("=")
         *sections, last = key.split(".")
@@ -227,10 +203,10 @@ def _with_texts(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str], values: Mapping[str, Any]) -> Any:
-    """The annotation of the key that ``parts`` lead to in the signature of ``target``; None if it does not tell.
+    """The annotation of the dotted key ``parts`` in the signature of ``target``; None if it is unknown.
 
     Args:
-        values: the config, whose own values may decide which keys a section has.
+        values: the config; its values may decide which keys a section has.
     """
     known: Mapping[str, Any] = {} if target is None else annotations_of(target)
     annotation: Any = None
@@ -244,7 +220,7 @@ def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str], valu
 
 
 def _key_annotations(annotation: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The annotations of the keys of a section, as far as they are known."""
+    """The annotations of the keys of a section; empty if they are unknown."""
     notes = getattr(annotation, "__metadata__", ())
     target = next((note.target for note in notes if isinstance(note, KeysOf)), None) or section_type(annotation)
     if target is None:
@@ -253,7 +229,7 @@ def _key_annotations(annotation: Any, values: Mapping[str, Any]) -> Mapping[str,
 
 
 def _refuse_resolvers(value: Any, path: str, source: str) -> None:
-    """Raise ConfigError if a text calls one of OmegaConf's resolvers, which read the environment or run functions."""
+    """Raise ConfigError if a text calls a resolver of OmegaConf, which reads the environment or runs a function."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_resolvers(item, dotted(path, key), source)
@@ -268,7 +244,7 @@ def _refuse_resolvers(value: Any, path: str, source: str) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys of two configs whose values differ, as "optimizer.lr: 0.001 -> 0.0001"; old names are today's."""
+    """The differences of two configs, such as "optimizer.lr: 0.001 -> 0.0001"; renamed keys count as equal."""
     before, after = (_leaves(_plain(values, "")) for values in (old, new))
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
@@ -278,7 +254,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Everything in nested mappings by its dotted key."""
+    """The values in nested mappings by dotted key, with old names of keys replaced."""
     if not isinstance(value, Mapping) or not value:
         return {path: value}
     return {
@@ -289,9 +265,10 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write ``values`` as YAML, so that :func:`load_config` gives them back (tuples as lists, paths as strings).
+    """Write ``values`` as YAML, atomically, for :func:`load_config` (tuples become lists, paths become strings).
 
-    The file appears whole or not at all. Raises :class:`ConfigError` for a value that YAML cannot hold.
+    Raises:
+        ConfigError: YAML cannot hold a value.
     """
     from omegaconf import OmegaConf
 
@@ -336,7 +313,7 @@ def _plain(value: Any, path: str) -> Any:
         return [_plain(item, f"{path}[{position}]") for position, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, ShellCommand):  # as a text, which runs nothing when it is read again
+    if isinstance(value, ShellCommand):  # saved as a string, which runs nothing when it is read
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -1,12 +1,12 @@
 """Randomness as a value.
 
-A model never draws from a hidden generator while it computes. It is handed its draws: a dictionary of tensors that
-are a function of (seed, sample index, step, name) alone. So one seed gives one sample, whatever the batch it lies
-in, the order, or the number of processes; and a test passes the draws it wants.
+A model never draws from a hidden generator while it computes. It receives its draws: a dictionary of tensors that
+are a function of (seed, sample index, step, name) alone. So a seed gives the same sample in every batch, order and
+number of processes, and a test can pass its own draws.
 
 The generator is NumPy's Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter
-based, the same on every platform. Training draws too much for that: ``Keys.on(device)`` draws on the device, by torch's
-generator, whose numbers are those of the device's type.
+based, the same on every platform. It is too slow for training. There ``Keys.on(device)`` draws on the device with
+torch's generator, whose numbers depend on the type of the device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Draws = dict[str, Tensor]
 
 
 def draws_on(draws: Draws, device: torch.device) -> Draws:
-    """The draws on ``device``, copied without waiting for what it is computing."""
-    # CUDA reads the memory of the CPU before it returns; other devices may come back for it when it is gone.
+    """The draws on ``device``; the copy to a CUDA device does not wait for its running computation."""
+    # CUDA has read pageable CPU memory when the call returns; other devices may read it later, when it is freed.
     return {name: value.to(device, non_blocking=device.type == "cuda") for name, value in draws.items()}
 
 
@@ -54,8 +54,10 @@ class Keys:
         return len(self.indices)
 
     def on(self, device: torch.device) -> Keys:
-        """Keys that draw on ``device``, or on the CPU where torch has no generator for such a device. They draw other
-        numbers than these keys, which depend on batch and processes as little."""
+        """Keys that draw on ``device``, or on the CPU if torch has no generator for such a device.
+
+        Their numbers differ from those of these keys, but are as independent of batch and processes.
+        """
         return DeviceKeys(self.seed, self.indices, self.step, device if device.type in GENERATORS else CPU)
 
     def at(self, indices: Iterable[int]) -> Self:
@@ -80,8 +82,8 @@ class Keys:
 
     def _generator(self, index: int, name: str) -> np.random.Generator:
         mask = (1 << 64) - 1
-        # The first counter word runs; step and name select disjoint streams through the upper words.
-        # As lists, numbers from 2^63 on would turn into floats, and neighbouring seeds into one.
+        # The first counter word counts; step and name select disjoint streams through the upper words.
+        # From lists NumPy would make floats of numbers from 2^63 on, and neighbouring seeds would collide.
         counter = np.array([0, 0, self.step & mask, zlib.crc32(name.encode())], dtype=np.uint64)
         key = np.array([self.seed & mask, index & mask], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -89,15 +91,14 @@ class Keys:
 
 CPU = torch.device("cpu")
 GENERATORS = ("cpu", "cuda", "xpu")
-"""Types of devices that torch can seed a generator for."""
+"""Types of devices for which torch has a generator that can be seeded."""
 
 
 @dataclass(frozen=True)
 class DeviceKeys(Keys):
-    """Keys whose draws are made where they are needed, for the noise of training: a torch generator is seeded for each
-    sample and name.
+    """Keys that draw on a device, for the noise of training: a torch generator is seeded for each sample and name.
 
-    On a CPU torch takes 32 bits of a seed: two streams are the same with a probability of 2^-32.
+    On a CPU torch uses 32 bits of a seed, so two streams are equal with probability 2^-32.
     """
 
     device: torch.device = CPU
@@ -119,7 +120,7 @@ class DeviceKeys(Keys):
         return rows
 
     def _seeds(self, name: str) -> list[int]:
-        """One per sample, mixed from all that a draw depends on."""
+        """A seed per sample, mixed from seed, name, step and sample index."""
         mask = (1 << 64) - 1
         state = np.array([self.seed & mask, zlib.crc32(name.encode()), self.step & mask], dtype=np.uint64)
         indices = np.array([index & mask for index in self.indices], dtype=np.uint64)
@@ -130,7 +131,7 @@ class DeviceKeys(Keys):
 
 
 def _mixed(values: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    """SplitMix64's function of 64-bit numbers (Steele et al., OOPSLA 2014): neighbours become unrelated."""
+    """The mixing function of SplitMix64 (Steele et al., OOPSLA 2014): neighbouring numbers become unrelated."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -141,24 +142,23 @@ def _mixed(values: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64.
 
-    Ids of probability 0 are never drawn. Probabilities that are not finite give an arbitrary id: whoever calls checks
-    them.
+    Ids of probability 0 are never drawn. If probabilities are not finite, the id is arbitrary; the caller checks them.
     """
     cumulative = probabilities.cumsum(-1)
-    if cumulative.device.type == "cpu":  # one running sum: ids of probability 0 do not raise it
+    if cumulative.device.type == "cpu":  # a sequential sum, which ids of probability 0 leave unchanged
         ids = torch.searchsorted(cumulative, _threshold(uniforms, cumulative[:, -1:]), right=True).squeeze(-1)
-        return ids.clamp_max(probabilities.shape[-1] - 1)  # no sum of NaN exceeds anything
+        return ids.clamp_max(probabilities.shape[-1] - 1)  # sums of NaN exceed nothing
     return first_above(cumulative.masked_fill(probabilities == 0, 0), uniforms)
 
 
 def first_above(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place where (B, V) exceeds the uniform (B,) times its largest value.
+    """The first index at which ``cumulative`` (B, V) exceeds ``uniforms`` (B,) times its maximum; (B,) int64.
 
-    An accelerator's parallel sums are not monotone to the last bit, so their last is not their largest.
+    The parallel sums of an accelerator are not monotone to the last bit, so the last is not always the maximum.
     """
     return (cumulative > _threshold(uniforms, cumulative.amax(-1, keepdim=True))).int().argmax(-1)
 
 
 def _threshold(uniforms: Tensor, total: Tensor) -> Tensor:
-    """(B, 1), always below the total: rounding may leave that off 1, and the product equal to it."""
+    """``uniforms`` times ``total`` (which rounding may leave off 1), (B, 1), kept below ``total``."""
     return torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))

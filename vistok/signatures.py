@@ -1,7 +1,7 @@
-"""Values checked against the signature of what they configure.
+"""Checks of config values against the signature of what they configure.
 
-A constructor's keyword arguments are its config: their annotations say what a value may be, and messages name the key,
-the value and what was allowed.
+A constructor's keyword arguments are its config. Their annotations say what a value may be; messages name the key, the
+value and the allowed values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RENAMED = {
     "token_dropout": "token_drop",
     "ffn_dropout": "ffn_drop",
 }
-"""Names of arguments up to version 0.1, and today's: configs and saved models of that version are still read."""
+"""From names of arguments up to version 0.1 to current ones; configs and models of that version can still be read."""
 
 UNIONS = (Union, types.UnionType)
 
@@ -47,16 +47,16 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line per problem (``error.args`` holds the lines)."""
+    """All problems of a config, one line per problem (``error.args`` holds the lines)."""
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class ShellCommand:
-    """A command whose output is read: what ``pipe:COMMAND`` on the command line stands for, if it is allowed.
+    """A command whose output is read: the value of ``pipe:COMMAND`` on the command line, if commands are allowed.
 
-    A type of its own, which no file can hold: a text that begins with ``pipe:`` runs nothing.
+    It has its own type, which no file can hold; a string that begins with ``pipe:`` runs nothing.
     """
 
     PREFIX = "pipe:"
@@ -79,10 +79,10 @@ class ShellCommand:
 
 @dataclasses.dataclass(frozen=True)
 class KeysOf:
-    """Annotates a mapping with its keys, as far as they are known: ``Annotated[dict[str, Any], KeysOf(DataConfig)]``.
+    """Annotates a mapping with its known keys: ``Annotated[dict[str, Any], KeysOf(DataConfig)]``.
 
     Attributes:
-        target: the class whose parameters they are; or a function from the mapping to the annotations of its keys.
+        target: a class whose parameters are the keys; or a function from the mapping to the annotations of its keys.
     """
 
     target: type | Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -96,20 +96,20 @@ def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
 def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Compare a config section with the signature of the class, dataclass or function that it configures.
 
-    Lists become tuples where the annotation says so, ints become floats, mappings become nested dataclasses. Nothing
-    else is converted: ``"12"`` and ``True`` are not ints.
+    Where the annotation says so, lists become tuples, ints floats, and mappings nested dataclasses. Nothing else is
+    converted: ``"12"`` and ``True`` are not ints.
 
     Args:
-        target: what will be called with the section. Every parameter must be annotated.
-        values: the section. Keys that it lacks keep the signature's defaults and are absent from the result.
+        target: called with the result later. Every parameter must be annotated.
+        values: the section. Absent keys keep the signature's defaults and are absent from the result.
         path: the section's dotted key, for messages (``"model"``, or ``""`` at the top).
 
     Returns:
         keyword arguments for ``target``.
 
     Raises:
-        ConfigError: unknown keys, missing keys and wrong types, all of them, with full dotted keys.
-        TypeError: ``target`` cannot be checked: an unannotated or variadic parameter.
+        ConfigError: there are unknown keys, missing keys or wrong types; the message lists all, with dotted keys.
+        TypeError: ``target`` has an unannotated or variadic parameter.
     """
     parameters = _parameters(target)
     if not isinstance(values, Mapping):
@@ -136,10 +136,10 @@ def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> d
 
 
 def build(target: Callable[..., T], values: Mapping[str, Any], path: str) -> T:
-    """What a checked config section configures.
+    """Check a config section, and call ``target`` with it.
 
     Raises:
-        ConfigError: as :func:`check`; also where the target itself refuses a value.
+        ConfigError: as :func:`check`, or ``target`` raises ValueError.
     """
     arguments = check(target, values, path)
     try:
@@ -151,7 +151,7 @@ def build(target: Callable[..., T], values: Mapping[str, Any], path: str) -> T:
 
 
 def describe(annotation: Any) -> str:
-    """Write a type annotation the way a config's author thinks of it: ``int | None``, ``"center" | "random"``."""
+    """A type annotation in words for messages, such as ``int | null`` or ``'center' | 'random'``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is None or annotation is type(None):
         return "null"
@@ -172,7 +172,7 @@ def describe(annotation: Any) -> str:
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters of ``target`` by name, with resolved annotations.
 
-    A class is read through ``__init__``: mixins that define a variadic ``__new__`` hide the constructor otherwise.
+    A class is read through ``__init__``, since mixins may hide the constructor behind a variadic ``__new__``.
     """
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else function, include_extras=True)
@@ -188,9 +188,9 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def with_todays_names(target: Callable[..., Any], values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """``values`` with old names of keys replaced where ``target`` knows the new name only, in nested sections too.
+    """``values`` with old names of keys replaced if ``target`` has only the new name, in nested sections too.
 
-    Each is logged, as a warning where ``path`` names the section of a config that its author can change.
+    Each replacement is logged: as a warning if ``path`` names a config section, which the user can change.
     """
     parameters, result = _parameters(target), {}
     for key, value in values.items():
@@ -213,7 +213,7 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
         arguments = check(section, value, path)
         try:
             return section(**arguments)
-        except (ValueError, TypeError) as error:  # the dataclass' own rules, in __post_init__
+        except (ValueError, TypeError) as error:  # from __post_init__
             raise ConfigError(f"{path}: {error}") from error
     if item is not None and isinstance(value, (list, tuple)):
         return tuple(_check_value(item, each, f"{path}[{position}]") for position, each in enumerate(value))
@@ -237,7 +237,7 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, or the one annotation, without what ``Annotated`` adds."""
+    """The members of a union, or the annotation itself, each without ``Annotated``."""
     if typing.get_origin(annotation) is typing.Annotated:
         return alternatives(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in UNIONS:
@@ -246,7 +246,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def section_type(annotation: Any) -> type | None:
-    """The one dataclass that a mapping may stand for in this annotation, if there is one."""
+    """The dataclass that a mapping becomes under this annotation; None if there is none or several."""
     found = [choice for choice in alternatives(annotation) if _is_section(choice)]
     return found[0] if len(found) == 1 else None
 
@@ -256,7 +256,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _item_type(annotation: Any, container: type) -> Any:
-    """What ``tuple[Section, ...]`` or ``dict[str, Section]`` holds, also beside other types; None if no section."""
+    """``Section`` of ``tuple[Section, ...]`` or ``dict[str, Section]``, also in a union; None if there is none."""
     held = [typing.get_args(choice) for choice in alternatives(annotation) if typing.get_origin(choice) is container]
     found = [kind for kinds in held if container is dict or ... in kinds for kind in kinds if section_type(kind)]
     return found[0] if found else None
@@ -271,23 +271,23 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 @cache
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    """What validates values of an annotation; making one takes longer than all of its work."""
+    """The validator of an annotation; it is cached because building it takes longer than using it."""
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(_strict(annotation), config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def _strict(annotation: Any) -> Any:
-    """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
+    """The annotation without conversions between scalars, at any depth; lists still become tuples."""
     from pydantic import AllowInfNan, GetPydanticSchema, PlainValidator, Strict
     from pydantic_core.core_schema import is_instance_schema
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is float:  # of a config no number is meant that is none
+    if annotation is float:  # no config means NaN or infinity
         return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
     if annotation in (int, bool, str):
         return typing.Annotated[annotation, Strict()]
-    if _is_section(annotation):  # a mapping that stands for it is checked apart, for the sake of its messages
+    if _is_section(annotation):  # mappings are checked by ``check``, for better messages
         return typing.Annotated[Any, GetPydanticSchema(lambda *_: is_instance_schema(annotation))]
     if origin is Literal:
         return typing.Annotated[Any, PlainValidator(partial(_choice, arguments))]
@@ -298,8 +298,8 @@ def _strict(annotation: Any) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
-    """``value``, which is one of ``choices``; ``True``, ``1`` and ``1.0``, which compare equal, are three."""
-    if value is False and "no" in choices:  # how YAML reads a bare no
+    """Return ``value`` if it is in ``choices``; ``True``, ``1`` and ``1.0`` compare equal but are different choices."""
+    if value is False and "no" in choices:  # YAML reads a bare no as False
         return "no"
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError("not one of the choices")
@@ -321,7 +321,7 @@ def _unknown_key(key: str, allowed: Sequence[str], path: str) -> str:
 
 
 def check_least(section: Any, **least: float) -> None:
-    """Raise ValueError unless each of these keys of a config section has at least this value."""
+    """Raise ValueError unless each key of a config section has at least the value given for it."""
     for key, bound in least.items():
-        if not getattr(section, key) >= bound:  # NaN is not, either
+        if not getattr(section, key) >= bound:  # also refuses NaN
             raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")

@@ -1,6 +1,6 @@
 """The small value types that tokenizers, quantizers and generators exchange.
 
-They carry tensors and names, never behaviour of a particular system. Letters in shapes: B batch, L tokens,
+They carry tensors and names, and no behaviour of a particular system. Letters in shapes: B batch, L tokens,
 D width, N residual depth, C channels, H W image sides.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """What a generator has to know of a tokenizer: the shape and the alphabet of its tokens.
+    """What a generator has to know about a tokenizer: the shape and the vocabulary of its tokens.
 
     Attributes:
         length: tokens per image (or clip).
@@ -48,10 +48,10 @@ class TokenSpec:
         depth: ids per position; 1 unless the quantizer is residual.
         grid: (h, w) or (t, h, w) if tokens lie on a raster, None for a plain sequence.
         scales: one grid per scale for multi-scale tokenizers, else empty.
-        prefix_step: None if only whole sequences decode; k if every prefix of a multiple of k tokens does.
+        prefix_step: k if every prefix of a multiple of k tokens decodes; None if only whole sequences do.
 
     Raises:
-        ValueError: a grid, or the scales together, do not hold ``length`` tokens.
+        ValueError: the grid, or the scales together, do not hold ``length`` tokens.
     """
 
     length: int
@@ -63,7 +63,7 @@ class TokenSpec:
     prefix_step: int | None = None
 
     def __post_init__(self) -> None:
-        # A spec read back from JSON holds lists; equality must not depend on where a spec came from.
+        # A spec read from JSON holds lists; it must equal the spec that was saved.
         if self.grid is not None:
             object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "scales", tuple(tuple(scale) for scale in self.scales))
@@ -75,17 +75,18 @@ class TokenSpec:
 
     @property
     def prefixes_decode(self) -> bool:
-        """Whether there are prefixes that decode: of ordered tokens, or the first of several scales."""
+        """Whether proper prefixes decode: of ordered tokens, or the first of several scales."""
         return self.prefix_step is not None or bool(self.scales)
 
     def prefix_lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """How many of its ids each image is decoded from, (B,) int64, for ordered ids (B, k).
+        """Check the prefix lengths of ordered ids (B, k) and return them as (B,) int64.
 
         Args:
-            lengths: (B,) integers, or None for all k.
+            lengths: (B,) integers, the number of ids that each image is decoded from; None for all k.
 
         Raises:
-            ValueError: ids out of range, or a length that is 0, too long, or no multiple of ``prefix_step``.
+            ValueError: an id is out of range, there are more ids than an image has, or a length is 0, too long, or no
+                multiple of ``prefix_step``.
         """
         self.check_ids(tokens)
         given = tokens.shape[1]
@@ -97,17 +98,17 @@ class TokenSpec:
             )
         lengths = lengths.to(tokens.device, torch.int64)
         step = self.prefix_step or self.length
-        wrong = lengths[(lengths < 1) | (lengths > min(given, self.length)) | (lengths % step != 0)]
+        multiples = f"a multiple of {step} " if step > 1 else ""
+        allowed = f"a prefix has {multiples}from {step} to {self.length} tokens"
+        if given > self.length:
+            raise ValueError(f"cannot decode {given} tokens: {allowed}")
+        wrong = lengths[(lengths < 1) | (lengths > given) | (lengths % step != 0)]
         if len(wrong):
-            multiples = f"a multiple of {step} " if step > 1 else ""
-            raise ValueError(
-                f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
-                f"{self.length} tokens"
-            )
+            raise ValueError(f"cannot decode {int(wrong[0])} tokens of {given} given: {allowed}")
         return lengths
 
     def decodable(self, count: int) -> int:
-        """How many of the first ``count`` tokens decode; 0 if none do."""
+        """The length of the longest prefix of at most ``count`` tokens that decodes; 0 if none does."""
         if self.prefix_step is not None:
             return count - count % self.prefix_step
         ends = accumulate(map(math.prod, self.scales)) if self.scales else (self.length,)
@@ -119,7 +120,7 @@ class TokenSpec:
 
     @property
     def raster(self) -> tuple[int, ...]:
-        """The grid of tokens that lie on one. Raises ValueError for a plain sequence."""
+        """The grid. Raises ValueError for a plain sequence."""
         if self.grid is None:
             raise ValueError("these tokens lie on no raster")
         return self.grid
@@ -132,9 +133,9 @@ class TokenSpec:
         return self.codebook_size
 
     def check_ids(self, ids: Tensor) -> Tensor:
-        """Return ``ids`` if they are (B, n[, depth]) integers of this alphabet, n <= length; else raise ValueError.
+        """Return ``ids`` if they are (B, n[, depth]) integers of this vocabulary; else raise ValueError.
 
-        The range check reads the tensor once, so it belongs where ids enter, not into a loop.
+        The range check makes the host wait for the tensor, so call it where ids enter, not in a loop.
         """
         if not self.discrete:
             raise ValueError("this tokenizer has continuous latents; it takes no ids")
@@ -171,7 +172,7 @@ class TokenSpec:
 
 
 def check_tensor(tokens: Any, what: str) -> None:
-    """Raise ValueError unless the tokens that a caller hands over, named by ``what``, are a tensor."""
+    """Raise ValueError unless ``tokens`` is a tensor; the message calls it ``what``."""
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{what} must be a tensor, got {type(tokens).__name__}; torch.as_tensor(…) makes one")
 
@@ -181,11 +182,11 @@ TokenKind = Literal["text", "image", "special"]
 
 @dataclass(frozen=True)
 class JointVocabulary:
-    """One alphabet of text, image and special ids, in this order, for models that read and write both.
+    """One vocabulary of text, image and special ids, in this order, for models that read and write both.
 
     Attributes:
-        text_size, image_size: number of text and of image ids; where images are latents, 1: a placeholder.
-        specials: the names of marks; ``begin`` is where somebody asks, ``answer`` where the model replies.
+        text_size, image_size: number of text ids and of image ids; 1, a placeholder, if images are latents.
+        specials: names of the special tokens; ``begin`` starts the user's turn, ``answer`` the model's.
     """
 
     text_size: int
@@ -197,27 +198,27 @@ class JointVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of all ids."""
+        """Number of ids in all."""
         return self.text_size + self.image_size + len(self.specials)
 
     def span(self, kind: TokenKind) -> tuple[int, int]:
-        """The first id of a kind, and the one behind its last."""
+        """(start, stop) of the ids of a kind."""
         ends = {"text": self.text_size, "image": self.text_size + self.image_size, "special": self.size}
         starts = {"text": 0, "image": ends["text"], "special": ends["image"]}
         return starts[kind], ends[kind]
 
     def special(self, name: str) -> int:
-        """The id of a mark. Raises ValueError for an unknown name."""
+        """The id of a special token. Raises ValueError for an unknown name."""
         if name not in self.specials:
             raise ValueError(f"{name!r} is no special token; there are {', '.join(self.specials)}")
         return self.span("special")[0] + self.specials.index(name)
 
     def joint(self, ids: Tensor, kind: TokenKind) -> Tensor:
-        """Ids of a text's or an image's own alphabet as joint ones."""
+        """Convert ids of a kind's own vocabulary to joint ids."""
         return ids + self.span(kind)[0]
 
     def own(self, ids: Tensor, kind: TokenKind) -> Tensor:
-        """Joint ids of a kind as ids of its own alphabet."""
+        """Convert joint ids of a kind to ids of its own vocabulary."""
         return ids - self.span(kind)[0]
 
 
@@ -226,11 +227,11 @@ class QuantizerOutput:
     """What a quantizer returns for latents (B, L, D).
 
     Attributes:
-        quantized: (B, L, D), straight-through: the forward value is the code, the gradient reaches the latents.
+        quantized: (B, L, D), straight-through: the forward value is the code, the gradient goes to the latents.
         ids: (B, L), or (B, L, depth) of a residual quantizer.
-        losses: unweighted terms by name. "codebook" and "commitment" are kept per position, (B, L); terms that
-            only exist for a batch ("entropy") are scalars. Objectives weight them.
-        codebook_size: the size of the alphabet that ``ids`` are drawn from.
+        losses: unweighted terms by name, which objectives weight. "codebook" and "commitment" are per position, (B, L);
+            terms that only exist for a batch ("entropy") are scalars.
+        codebook_size: number of different ids.
     """
 
     quantized: Tensor
@@ -245,19 +246,19 @@ class QuantizerOutput:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a training run stands: ``step`` optimisation steps of ``max_steps`` are done."""
+    """The progress of a training run: ``step`` of ``max_steps`` optimisation steps are done."""
 
     step: int
     max_steps: int
 
     @property
     def progress(self) -> float:
-        """The share of the run that is over, 0 .. 1."""
+        """The share of the run that is done, in [0, 1]."""
         return self.step / self.max_steps
 
 
 class DrawsInTraining(ABC):
-    """A quantizer that is random in training: whoever calls it asks it what it draws from."""
+    """A quantizer that is random in training; the caller makes its draws and passes them to ``forward``."""
 
     @abstractmethod
     def training_draws(self, keys: Keys, length: int) -> Draws:
@@ -265,7 +266,7 @@ class DrawsInTraining(ABC):
 
 
 class AfterBackward(ABC):
-    """A module that changes its own weights once gradients are there, such as a codebook whose dead codes move."""
+    """A module that changes its own weights after the backward pass, such as a codebook that restarts dead codes."""
 
     @abstractmethod
     def after_backward(self) -> None:
@@ -273,7 +274,7 @@ class AfterBackward(ABC):
 
 
 MAIN = "main"
-"""The name of the reconstruction that users see."""
+"""The name of the reconstruction that is shown to users."""
 
 
 @dataclass(init=False)
@@ -281,18 +282,17 @@ class TokenizerOutput:
     """What a tokenizer's training forward returns.
 
     Attributes:
-        reconstructions: by name, pixels in [-1, 1] (not clamped) like the target; "main" is the first. Every pixel
-            loss applies to each. A tensor alone is the main one; None, or an empty mapping, is for decoders that are
-            only trained through their own loss (flow decoders) and for tokenizers that render nothing.
+        reconstructions: pixels in [-1, 1] (not clamped) by name, in the shape of the target; the first is "main". Every
+            pixel loss applies to each. A single tensor is the main one. None or an empty mapping is for decoders that
+            are trained by their own loss only (flow decoders) and for tokenizers that render no pixels.
         tokens: (B, L[, depth]) ids or (B, L, D) latents.
         losses: the tokenizer's own unweighted terms (see QuantizerOutput.losses).
-        features: named intermediate maps that losses may ask for, for example "latents" (B, L, D).
-        weight_maps: by name of a reconstruction or a feature, how much each place counts in the losses that compare it:
-            (B, 1, H, W) or (B, 1, T, H, W) of pixels, (B, L) of features; what is absent counts evenly.
+        features: named intermediate maps that losses may use, for example "latents" (B, L, D).
+        weight_maps: the weight of each place in the losses of a reconstruction or a feature, by its name:
+            (B, 1, H, W) or (B, 1, T, H, W) for pixels, (B, L) for features. Those without a map have uniform weights.
 
     Raises:
-        ValueError: the first reconstruction is not "main", or a weight map has the name of no reconstruction or
-            feature.
+        ValueError: the first reconstruction is not "main", or a weight map names no reconstruction or feature.
     """
 
     reconstructions: dict[str, Tensor]
@@ -331,8 +331,13 @@ class TokenizerOutput:
 
 @dataclass
 class GeneratorOutput:
-    """What a generator's training forward returns: a scalar ``loss``, what it predicted (logits (B, L, V) of a discrete
-    model, velocities or noise of a continuous one), and scalar ``metrics`` worth logging."""
+    """What a generator's training forward returns.
+
+    Attributes:
+        loss: scalar.
+        prediction: logits (B, L, V) of a discrete model; velocities or noise of a continuous one.
+        metrics: scalars to log, by name.
+    """
 
     loss: Tensor
     prediction: Tensor
@@ -340,26 +345,28 @@ class GeneratorOutput:
 
 
 class Expander(ABC):
-    """What a tokenizer makes of its tokens for the generator that continues them: a semantic feature per latent, or
-    the map of the next scale. In training all at once, in sampling step by step; both agree."""
+    """Turns tokens into the inputs of the generator that continues them: a semantic feature per latent, or the map of
+    the next scale. ``expand`` does it at once for training, ``step`` one by one for sampling, with equal results."""
 
     @abstractmethod
     def expand(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token.
+        """Inputs (B, L, E) for whole sequences of tokens (B, L[, D]); no input depends on a later token.
 
-        Where a step has several tokens, there are inputs for all steps but the first, which follows no token.
+        If a step has several tokens, there are inputs for all steps except the first, which follows no token.
         """
 
     def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
-        """Inputs as in ``expand`` and the ids (B, L) to predict, of the latents (B, h * w, D) that ids of scales are
-        made of, whose bits are partly turned: bitwise self-correction.
+        """Bitwise self-correction: inputs and targets from latents (B, h * w, D), with random bits flipped.
 
         Args:
-            draws: "flips" (B, L, D) and "strengths" (B, S); None turns none.
-            most: the probability with which a bit is turned, at most.
+            draws: "flips" (B, L, D) and "strengths" (B, S); None flips no bits.
+            most: the largest probability with which a bit is flipped.
+
+        Returns:
+            the inputs, as in ``expand``, and the ids (B, L) to predict.
 
         Raises:
-            ValueError: a quantizer whose ids are no bits.
+            ValueError: the quantizer's ids are not bits.
         """
         raise ValueError(
             "these tokens are no bits: self-correction needs a tokenizer with the quantizer multi_scale_bsq"
@@ -367,28 +374,31 @@ class Expander(ABC):
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, n, E) of the next n tokens (B, n[, D]); those of earlier calls are remembered. Where steps have
-        several tokens, n is how many the step after has."""
+        """Inputs (B, n, E) for the next tokens (B, n[, D]); tokens of earlier calls are remembered. If steps have
+        several tokens, there are as many inputs as the step after has tokens."""
 
 
 class Expands(Protocol):
     """A tokenizer that takes part in the training and the sampling of a generator."""
 
     def expander(self) -> Expander:
-        """A new one, which has seen no tokens."""
+        """A new expander, which has seen no tokens."""
 
     @property
     def latent_statistics(self) -> Mapping[str, float] | None:
-        """The mean and the scale that its latents are standardised with, by the names of its arguments; None if it has
-        no such numbers for all channels."""
+        """The mean and scale that latents are standardised with, by the names of the tokenizer's arguments; None if
+        these are not single numbers for all channels."""
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Tokens that a generator committed in one step; together the chunks of a stream fill the sequence once.
+    """Tokens that a generator committed in one step; the chunks of a stream fill each position once.
 
-    ``positions`` (B, n) say where they belong, ``tokens`` are (B, n[, D]), ``valid`` (B, n) is False where a row
-    committed fewer tokens than the others (speculative decoding). ``kind`` says of which alphabet they are.
+    Attributes:
+        positions: (B, n) int64, places of the tokens in the sequence.
+        tokens: (B, n[, D]).
+        valid: (B, n) bool, False where a row committed fewer tokens than others (speculative decoding).
+        kind: the vocabulary of the tokens.
     """
 
     positions: Tensor
@@ -401,10 +411,10 @@ T = TypeVar("T")
 
 
 def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
-    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form).
+    """``value`` if it is a ``kind`` already, else a ``kind`` built from the mapping (the form in saved configs).
 
     Raises:
-        ValueError: something else.
+        ValueError: ``value`` is neither.
     """
     if isinstance(value, kind):
         return value

@@ -1,4 +1,4 @@
-"""The command line, in-process: what each command writes and prints, and what it says to bad input."""
+"""The command line, in-process: what each command writes and prints, and its messages for bad input."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def tokenizer_run(tmp_path: Path, photos: Path) -> Path:
 
 
 def vistok_command(*arguments: object) -> int:
-    """Run a command; the exit code."""
+    """Run a command; return its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as exit:
@@ -84,7 +84,7 @@ def vistok_command(*arguments: object) -> int:
 
 @pytest.fixture
 def run_command(capsys):
-    """Run a command that succeeds; what it printed."""
+    """Run a command that succeeds; return what it printed."""
 
     def run(*arguments: object) -> str:
         code = vistok_command(*arguments)
@@ -97,7 +97,7 @@ def run_command(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Run a command that refuses; its message."""
+    """Run a command that fails; return its message."""
 
     def run(*arguments: object) -> str:
         assert vistok_command(*arguments) == 2
@@ -123,7 +123,7 @@ def test_every_command_has_help_that_fits_the_terminal(command, columns, run_com
     assert "bool>" not in shown  # flags take no value
     above = [line.strip() for line in shown.split("╭")[0].splitlines()]
     short = [line for line, after in pairwise(above) if after and 0 < len(line) < int(columns) - 30]
-    assert all(line.endswith((".", ":")) for line in short), short  # no line is broken but by the terminal
+    assert all(line.endswith((".", ":")) for line in short), short  # only the terminal breaks lines
 
 
 def test_version(run_command):
@@ -258,7 +258,7 @@ def test_tokenize_takes_the_runs_data_or_other(tokenizer_run, photos, tmp_path, 
     cats = photos / "test" / "cat"
     run_command("tokenize", tokenizer_run, f"data.root={cats}", "data.split=null", "--out", tmp_path / "cats")
     assert len(vistok.data.TokenCache(tmp_path / "cats")) == 3
-    # A saved tokenizer alone knows its size, but no data.
+    # A saved tokenizer without its run knows its image size, but no data.
     run_command("tokenize", tokenizer_run / "tokenizer", f"data.root={photos}", "--out", tmp_path / "alone")
     assert len(vistok.data.TokenCache(tmp_path / "alone")) == 6
 
@@ -422,9 +422,9 @@ def test_models_can_be_filtered_by_a_word(run_command, refused):
     printed = run_command("models", "flextok")
     assert "imagenet256/flextok_d12_d12" in printed
     assert "Apple, research only" in printed
-    assert "llamagen/gpt" in printed  # one of its recipes trains on such tokens
+    assert "llamagen/gpt" in printed  # one of llamagen/gpt's recipes trains on FlexTok's tokens
     assert "c2i_XXL_384.pt" not in printed
-    assert "LlamaGen/vq_ds16_c2i.pt" in run_command("models", "c2i_XXL_384")  # what it goes with
+    assert "LlamaGen/vq_ds16_c2i.pt" in run_command("models", "c2i_XXL_384")  # the tokenizer of c2i_XXL_384
     assert "no model has 'flextik' in its names" in refused("models", "flextik")
 
 
@@ -438,7 +438,7 @@ def test_the_catalogue_that_ships_is_that_of_the_registry(monkeypatch):
     from vistok.checkpoints import catalogue
 
     shipped = json.loads(catalogue.FILE.read_text())
-    monkeypatch.setattr(catalogue, "_parameters", lambda build, arguments: None)  # counting all takes seconds
+    monkeypatch.setattr(catalogue, "_parameters", lambda build, arguments: None)  # counting them takes seconds
     found = json.loads(json.dumps([dataclasses.asdict(item) for item in catalogue.catalogue()]))
     assert found == [item | {"sizes": dict.fromkeys(item["sizes"])} for item in shipped]
 

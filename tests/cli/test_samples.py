@@ -20,7 +20,7 @@ COUNT = 11
 
 
 class Killed(BaseException):
-    """Stands for the end of a process."""
+    """Simulates the end of a process."""
 
 
 def tiny_pipeline() -> Pipeline:
@@ -38,7 +38,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def interrupted(monkeypatch, out: Path, after: int, **options) -> None:
-    """Begin to write samples, and be killed after some images."""
+    """Start to write samples, and stop like a killed process after some images."""
     from vistok.pipelines import samples
 
     written = []
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(whole, tmp_path, monkeyp
     (unfinished(out) / ".000010.png.x.partial").write_bytes(b"half")
     record = write_samples(tiny_pipeline(), out, COUNT, seed=3, batch_size=4, npz=True, resume=True)
     assert contents(out) == contents(whole)
-    assert {path: (out / path.name).stat().st_mtime_ns for path in kept} == kept  # whole batches are not made again
+    assert {path: (out / path.name).stat().st_mtime_ns for path in kept} == kept  # complete batches are kept
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert (out / "samples.npz").stat().st_size == (whole / "samples.npz").stat().st_size
     assert record == json.loads((whole / "samples.json").read_text())

@@ -1,4 +1,4 @@
-"""The generation benchmark: the same numbers however it is run, interrupted and continued; its report."""
+"""The generation benchmark: same numbers in one run, after an interruption and when continued; its report."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_report_is_one_file_that_shows_scores_and_the_command(finished):
     assert "generated 40 images in" in page
     assert "5 classes of 8 images; the farthest from the real ones first" in page
     assert page.count("data:image/png;base64,") == 1
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # the page loads nothing from elsewhere
 
 
 class StopsAfter:
@@ -120,8 +120,8 @@ class StopsAfter:
 @pytest.mark.parametrize(
     ("start", "found", "tried"),
     [
-        (1.5, 2.0, [1.5, 1.75, 2.0, 2.25]),  # upwards, until it rises
-        (3.0, 2.0, [3.0, 3.25, 2.75, 2.5, 2.25, 2.0, 1.75]),  # or else downwards
+        (1.5, 2.0, [1.5, 1.75, 2.0, 2.25]),  # upwards, until the score rises
+        (3.0, 2.0, [3.0, 3.25, 2.75, 2.5, 2.25, 2.0, 1.75]),  # downwards, if the score rises upwards
         (2.0, 2.0, [2.0, 2.25, 1.75]),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_search_ends_at_a_scale_whose_neighbours_are_worse(start, found, tried
 
 def test_a_search_tries_nothing_below_no_guidance():
     assert local_minimum(lambda scale: scale, 1.5) == 1.0
-    assert local_minimum(lambda scale: 1.0, 1.5) == 1.5  # equal is no better
+    assert local_minimum(lambda scale: 1.0, 1.5) == 1.5  # an equal score is not better
 
 
 def test_a_guidance_search_reuses_the_features_of_scales_that_were_tried(pipe, tmp_path):
@@ -173,7 +173,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(pipe, finished, tmp_p
     continued = benchmark(pipe, tmp_path / "out", **CALL)
     # Ranges of 16 take three calls of at most 7: one was complete when the sixth call failed.
     assert continued["generated"] == NUM - 16
-    assert fingerprints(continued) == fingerprints(read(finished))  # no image twice, none missing
+    assert fingerprints(continued) == fingerprints(read(finished))  # every image exactly once
     assert continued["runs"][0]["scores"] == pytest.approx(read(finished)["runs"][0]["scores"], rel=1e-6)
     assert not list((tmp_path / "out").rglob("*.partial"))
 
@@ -199,7 +199,7 @@ def test_a_killed_benchmark_goes_on_without_duplicates(pipe, finished, tmp_path)
     assert there
     continued = benchmark(pipe, out, **CALL)
     assert 0 < continued["generated"] < NUM
-    assert all(path.read_bytes() == content for path, content in there.items())  # none was made again
+    assert all(path.read_bytes() == content for path, content in there.items())  # no range was generated again
     assert fingerprints(continued) == fingerprints(read(finished))
     assert continued["runs"][0]["images"]["distinct"] == NUM
 
@@ -234,14 +234,14 @@ def test_a_sweep_of_temperatures_joins_those_of_guidance(pipe, finished, tmp_pat
     out = tmp_path / "out"
     first = benchmark(pipe, out, guidance_scales=[1.0, 1.5], **CALL)
     both = benchmark(pipe, out, guidance_scales=[1.5], temperatures=[1.0, 0.5], **CALL)
-    assert both["generated"] == NUM  # at temperature 1 they are there already
+    assert both["generated"] == NUM  # the features at temperature 1 exist already
     settings = [(run["guidance_scale"], run["temperature"]) for run in both["runs"]]
     assert settings == [(1.0, 1.0), (1.5, 1.0), (1.5, 0.5)]
     assert fingerprints(both)[:2] == fingerprints(first)
     assert fingerprints(both)[2] != fingerprints(both)[1]
     page = (out / "report.html").read_text()
     assert "frechet distance: guidance" in page
-    assert page.count('class="number best"') == 2  # in the table of scores, and in that of guidance and temperature
+    assert page.count('class="number best"') == 2  # in the table of scores and in the table of guidance and temperature
     with pytest.raises(ValueError, match="the sweep names no temperature"):
         benchmark(pipe, out, temperatures=[], **CALL)
 
@@ -317,7 +317,7 @@ def test_benchmarks_that_make_no_sense_are_refused(pipe, tmp_path):
     unconditional = Pipeline(tiny("vit_vqgan"), tiny("vit_vqgan_gpt", num_classes=0, condition_dropout=0.0))
     with pytest.raises(ValueError, match="labels 'balanced' need a generator with classes"):
         benchmark(unconditional, out, labels="balanced", **CALL)
-    assert not out.exists()  # all of this is seen before any work
+    assert not out.exists()  # all of this is checked before any work
     result = benchmark(unconditional, out, **CALL)
     assert result["benchmark"]["labels"] == "none"
     assert "classes" not in result["runs"][0]

@@ -1,4 +1,4 @@
-"""The benchmark of clips: the same numbers however it is run, interrupted and continued; what it refuses."""
+"""The benchmark of clips: same numbers in one run, after an interruption and when continued; refusals."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def test_clips_follow_the_classes_of_the_real_ones_and_are_scored(pipe, videos, 
     scored = result["runs"][1]
     assert scored["scores"]["frechet_distance"] >= float(gap) * 0.999
     assert scored["images"]["count"] == 20
+    assert scored["versions"]["vistok"]
     page = (out / "report.html").read_text()
     assert page.count("data:image/gif;base64,") == 2
     assert "vistok benchmark runs/x" in page

@@ -1,4 +1,4 @@
-"""Evaluation: metrics against independent formulas, protocols against torch-fidelity, and what bad input says."""
+"""Evaluation: metrics against independent formulas, protocols against torch-fidelity, errors for bad input."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_moments_equal_numpys_however_the_set_is_split_and_merged(seed, sizes):
 
 
 def nuclear_norm_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance of two feature sets that forms no covariance: tr sqrt(A B) is the nuclear norm of X_a X_b^T."""
+    """Frechet distance of two feature sets without covariances: tr sqrt(A B) is the nuclear norm of X_a X_b^T."""
     centred_a, centred_b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
     cross = torch.linalg.svdvals(centred_a @ centred_b.T).sum()
     shift = (a.mean(0) - b.mean(0)).square().sum()
@@ -125,7 +125,7 @@ def test_frechet_distance_is_torch_fidelitys_where_covariances_have_full_rank():
 
 def test_inception_score_of_certain_balanced_classes_is_their_number_and_depends_on_the_order():
     labels = torch.arange(10).repeat_interleave(20)
-    logits = 200.0 * torch.eye(10)[labels]  # so certain that other probabilities underflow in float32
+    logits = 200.0 * torch.eye(10)[labels]  # logits so large that the other probabilities underflow in float32
     sorted_by_class = m.inception_score(logits, m.split_into_chunks(200, 40))
     assert sorted_by_class.mean == pytest.approx(2)  # two classes in every chunk
     assert m.inception_score(logits, m.split_into_chunks(200, 5000)).mean == pytest.approx(10)
@@ -153,7 +153,7 @@ def test_precision_and_recall_equal_brute_force_for_every_block_size(distance):
     generated = torch.randn(23, 2, generator=generator)
     real = torch.randn(31, 2, generator=generator) * 0.6 + 0.8
     expected = brute_force_precision(generated, real, 3), brute_force_precision(real, generated, 3)
-    assert expected[0] != expected[1]  # the test would see them exchanged
+    assert expected[0] != expected[1]  # so that the test fails if the two are swapped
     assert 0 < min(expected) < max(expected) < 1
     for block in (4, 10, 1000):
         assert m.precision_recall(generated, real, distance=distance, block=block) == pytest.approx(expected)
@@ -165,7 +165,7 @@ def test_float16_distances_are_coarse_and_fall_back_to_float32_where_they_overfl
     exact = m.pairwise_distance(features, features, "squared_euclidean")
     coarse = m.pairwise_distance(features, features, "squared_euclidean_float16")
     assert coarse.dtype == torch.float16
-    torch.testing.assert_close(coarse.float(), exact, atol=2.0, rtol=0)  # norms of 400 lie on a grid of 0.25
+    torch.testing.assert_close(coarse.float(), exact, atol=2.0, rtol=0)  # near 400, float16 has steps of 0.25
     huge = features * 100  # squared norms beyond 65504
     assert torch.equal(
         m.pairwise_distance(huge, huge, "squared_euclidean_float16"),
@@ -496,7 +496,7 @@ def test_the_adm_protocol_uses_stored_moments_and_the_references_images(monkeypa
 
 
 class BrightnessClassifier:
-    """Stands for Inception where only logits matter: certain of one of four classes, by brightness."""
+    """Replaces Inception where only logits matter: predicts one of four classes with certainty, by brightness."""
 
     name = "inception-v3-compat"
     resize = "tf1-bilinear"
@@ -581,7 +581,7 @@ def test_references_of_another_network_are_refused(tmp_path, folders, weights):
     other = CallableNetwork(colour_statistics, "colours", "b" * 64)
     with pytest.raises(InvalidReferenceError, match=r"weights aaaaaaaaaaaa.* scored with weights bbbbbbbbbbbb"):
         narrow.check_network(other, other(as_tensor(folders.real_pixels)))
-    # A file of unknown origin: only the width can tell.
+    # A file of unknown origin: only the width of its features can reveal the mismatch.
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(1024), sigma=np.eye(1024))
     with pytest.raises(InvalidReferenceError, match="1024 features, but inception-v3-compat gives 2048"):
         evaluate(folders.generated, tmp_path / "foreign.npz", weights=weights)

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10.zip"
 COUNTS = (16, 12)  # generated and real images
-# What torch-fidelity rounds off: its trace term takes square roots of eigenvalues that are 0 (fewer images than
+# Rounding in torch-fidelity: its trace term takes square roots of eigenvalues that are 0 (fewer images than
 # features; 4e-9 with more), its kernel distance is a difference of float32 sums, its shares are float32 means.
 TOLERANCES = {"fid": 1e-4, "is": 1e-6, "is_std": 1e-5, "kid": 2e-4, "kid_std": 2e-4}
 TOLERANCES |= dict.fromkeys(("precision", "recall", "f_score"), 1e-7)

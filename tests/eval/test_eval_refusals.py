@@ -1,4 +1,4 @@
-"""What a score is not computed from, what it is doubted for, and what is said once."""
+"""Inputs that evaluation refuses, scores that it warns of, and warnings that are given once."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_notes_are_said_once(tmp_path: Path):
     network = CallableNetwork(batch_statistics, "colours")
     notes = evaluate_reconstruction(originals, made, network=network)["warnings"]
     assert len(notes) == len(set(notes))
-    for kind in ("lossily compressed", "is not an image"):
+    for kind in ("lossily compressed", "other file is ignored"):
         sides = [note.partition(":")[0] for note in notes if kind in note]
         assert len(sides) == len(set(sides)) > 0
 
@@ -162,7 +162,7 @@ def test_what_was_read_is_recorded(tmp_path: Path):
         "splits": None,
     }
     assert result["versions"]["pillow"]
-    assert any("1 file is not an image and is ignored: z.heic2" in note for note in result["warnings"])
+    assert any("1 other file is ignored: z.heic2" in note for note in result["warnings"])
 
 
 @pytest.mark.parametrize(

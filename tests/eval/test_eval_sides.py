@@ -50,7 +50,7 @@ def real() -> np.ndarray:
 
 @pytest.fixture
 def inception(monkeypatch) -> list[FakeInception]:
-    """Every Inception that is loaded, as a fake."""
+    """Replaces every Inception that is loaded by a fake."""
     loaded = []
 
     def load(weights=None, *, resize, device):
@@ -251,10 +251,31 @@ def test_the_reconstruction_protocol_scores_pairs_and_sets_in_one_pass(tmp_path,
         *(m.Moments.of(colour_statistics(as_tensor(images))).gaussian for images in (restored, real))
     )
     assert result["scores"] == {"rfid": pytest.approx(expected, rel=1e-6)} | pairs["scores"]
-    assert inception[0].calls == 2  # one batch of each side, whatever the batch size, and no more
+    assert inception[0].calls == 2  # exactly one batch of each side, for any batch size
     assert result["network"]["name"] == "inception-v3-compat"
     assert result["images"]["source"] == str(reconstructions)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+
+
+def test_the_reconstruction_protocol_records_crop_and_reading_and_honours_metrics(tmp_path, inception):
+    large, restored = smooth_images(4, seed=5, size=32), smooth_images(4, seed=6)
+    originals = write_folder(tmp_path / "a", large)
+    options = {"protocol": "reconstruction", "crop": 24, "batch_size": 3, "device": "cpu"}
+    result = evaluate(as_tensor(restored), originals, **options)
+    told = {name: result["settings"][name] for name in ("crop", "batch_size", "device", "processes")}
+    assert told == {"crop": 24, "batch_size": 3, "device": "cpu", "processes": 1}
+    only = evaluate(as_tensor(restored), originals, metrics=["fid"], **options)
+    assert only["scores"] == {"rfid": pytest.approx(result["scores"]["rfid"], rel=1e-9)}
+    assert not any("no PSNR" in note for note in only["warnings"])
+
+
+def test_lpips_where_no_pairs_are_scored_is_refused(generated, real):
+    def lpips(a, b):
+        return (a - b).abs().flatten(1).mean(1)
+
+    for options in ({}, {"protocol": "adm"}, {"protocol": "reconstruction", "metrics": ["fid"]}):
+        with pytest.raises(ValueError, match="leave lpips out"):
+            evaluate(as_tensor(generated), as_tensor(real), lpips=lpips, **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""Scores of clips: statistics that add up, protocols that fix what they say, and what is refused."""
+"""Scores of clips: statistics that add up, the settings that protocols fix, and refusals."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from vistok.data import DataConfig
 from vistok.eval.clips import (
     choose_clips,
     clip_statistics,
+    distance_notes,
     evaluate_clip_tokenizer,
     evaluate_clips,
+    load_clip_network,
     open_videos,
     pair_scores,
 )
@@ -158,6 +161,24 @@ def test_drawn_clips_are_those_of_pythons_generator():
     assert drawn(2, 3, 42) == [0, 1]
 
 
+@pytest.mark.parametrize(("name", "count"), [("tats", 2048), ("videogpt", 256)])
+def test_random_clips_are_drawn_by_a_recorded_seed(name, count):
+    class ManyVideos:
+        def __len__(self):
+            return 3000
+
+        def length(self, index):
+            return 40
+
+    rules = video_protocol(name)
+    chosen = choose_clips(ManyVideos(), rules, real=True, name="many")
+    assert len(chosen) == len(set(chosen.starts)) == count
+    assert chosen.starts == choose_clips(ManyVideos(), rules, real=True, name="many").starts
+    assert rules.describe()["seed"] is not None
+    with pytest.raises(ValueError, match="'mine' draws real clips, which needs a seed"):
+        replace(rules, name="mine", seed=None)
+
+
 def test_psnr_of_a_clip_is_not_above_the_mean_of_its_frames():
     a, b = (clips(2, seed=seed, frames=4, size=16) for seed in (0, 1))
     b[:, :, 0] = a[:, :, 0] + 0.01
@@ -193,6 +214,9 @@ def test_i3d_with_random_weights_says_so_and_reads_grey_clips():
     torch.testing.assert_close(features, network(grey.expand(-1, 3, -1, -1, -1))["pool"])
     side = statistics(clips(2), network=network)
     assert "fvd" not in frechet_video_distance(side, side)
+    notes = distance_notes(video_protocol("larp-ucf-gen"), side, side, {})
+    assert any("defined with i3d-kinetics400 or i3d-torchscript" in note and network.name in note for note in notes)
+    assert sum("2 generated clips" not in note and "2 clips for 400 pool features" in note for note in notes) == 2
 
 
 def test_bad_clips_and_weights_of_i3d_are_refused(tmp_path):
@@ -204,6 +228,22 @@ def test_bad_clips_and_weights_of_i3d_are_refused(tmp_path):
         I3DNetwork({"Conv3d_1a_7x7.conv3d.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"no weights file"):
         I3DNetwork.load(tmp_path / "absent.pt")
+
+
+def test_torchscript_runs_by_choice_only(tmp_path):
+    class Detector(torch.nn.Module):
+        def forward(self, x, rescale: bool, resize: bool, return_features: bool):
+            return x.flatten(1)[:, :400]
+
+    torch.jit.script(Detector()).save(file := tmp_path / "weights.pt")  # the name tells nothing
+    with pytest.raises(CheckpointError, match=r"is TorchScript, which runs the code .* --torchscript"):
+        load_clip_network(file)
+    network = load_clip_network(file, torchscript=True)
+    assert network(torch.zeros(2, 3, 9, 8, 8))["pool"].shape == (2, 400)
+    torch.save(InceptionI3D().state_dict(), port := tmp_path / "i3d_torchscript.pt")
+    assert load_clip_network(port).name == "i3d-kinetics400"
+    with pytest.raises(ValueError, match="name the TorchScript file"):
+        load_clip_network(None, torchscript=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,11 +273,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_folders_of_clips_are_scored_by_their_protocol(folders):
     result = evaluate_clips(folders["made"], folders["real"], protocol="larp-ucf-gen", network=MeanColours())
     assert result["images"]["count"] == 2
+    assert {"vistok", "torch"} <= result["versions"].keys()
     assert result["reference"]["count"] == 3  # chunks: two of the first, one of the second video
     assert {Path(name).name for name in result["left_out"]} == {"short", "damaged.mp4"}
     assert any("10,000 generated clips; these are 2" in note for note in result["warnings"])
     starts = choose_clips(open_videos(folders["real"]), video_protocol("larp-ucf-rec"), real=True, name="real")
-    assert len(starts) == 3  # one of each video that can be read; the short one is repeated
+    assert len(starts) == 3  # one clip of each readable video; the short one is padded by repetition
     assert next(starts.batches(8, 0, 3)).shape == (3, 3, 16, 128, 128)
 
 
@@ -331,5 +372,14 @@ def test_the_distance_of_reconstructions_is_rfvd():
     model = tiny("larp", num_frames=16, image_size=128, temporal_patch_size=4, patch_size=32, in_channels=1)
     data = DataConfig(128, source="moving_digits", num_frames=16, channels=1, batch_size=2, limit=4)
     result = evaluate_clip_tokenizer(model, data, network=MeanColours())
-    assert result["scores"]["rfrechet_distance"] > 0
+    assert result["scores"]["frechet_distance"] > 0
     assert result["video_protocol"]["name"] == "larp-ucf-rec"
+
+
+def test_a_score_of_zero_is_a_score(monkeypatch):
+    model = tiny("larp", num_frames=16, image_size=16, temporal_patch_size=4, in_channels=1)
+    monkeypatch.setattr(model, "reconstruct", lambda pixels: pixels)
+    data = DataConfig(16, source="moving_digits", num_frames=16, channels=1, batch_size=3, limit=4, split="test")
+    result = evaluate_clip_tokenizer(model, data, lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    assert result["scores"]["lpips_frames"] == 0
+    assert result["scores"]["psnr"] == 100

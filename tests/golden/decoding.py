@@ -16,7 +16,7 @@ from .harness import GoldenFailure, Step
 
 
 def generate(model: AutoregressiveGenerator, condition: Condition, step: Step) -> Tensor:
-    """The ids (B, num_tokens) that the step's arguments ask for; they must leave nothing to chance."""
+    """The ids (B, num_tokens) that the step's arguments ask for; sampling must be deterministic."""
     args = step.args
     length = model.spec.length
     num_tokens = args.get("num_tokens", length)
@@ -54,10 +54,10 @@ def _sampled(
 def _guidance_scale(args: Mapping[str, Any], num_tokens: int, length: int) -> float | tuple[float, float]:
     scale = args.get("guidance_scale", 1.0)
     if not isinstance(scale, list):
-        return max(scale, 1.0)  # the references turn guidance off at 1 and below
+        return max(scale, 1.0)  # the references turn guidance off at scales of 1 and below
     first, last = scale
     first = args.get("guidance_start_used", first)  # D-AR's reference does not begin at 1 exactly
-    # The references rise over the tokens they were asked for, vistok over the whole sequence.
+    # In the references the schedule spans the requested tokens, in vistok the whole sequence.
     return first, first + (last - first) * (length - 1) / max(num_tokens - 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Sums and products that steps write in words: ``mse + commit_weight * commitment``, and their gradients."""
+"""Expressions that steps state as text, such as ``mse + commit_weight * commitment``, and their gradients."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def named(step: Step, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     quantities = {output: returns.get(output, output) for output in step.outputs}
     unknown = sorted(set(quantities.values()) - values.keys())
     if unknown and len(values) == 1 == len(quantities):
-        return dict.fromkeys(quantities, *values.values())  # of a single answer the name is free
+        return dict.fromkeys(quantities, *values.values())  # a single answer may have any name
     if unknown:
         raise GoldenFailure(f"{step.id}: no quantity is called {', '.join(unknown)}; there are {', '.join(values)}")
     return {output: values[quantity] for output, quantity in quantities.items()}

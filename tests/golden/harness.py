@@ -150,7 +150,7 @@ class Case:
         raise GoldenFailure(f"{self.label}: no input and no stored answer is called {name!r}")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make()`` gave the first time it was asked for under ``name``."""
+        """The result of the first ``make()`` under ``name``; later calls reuse it."""
         if name not in self._built:
             self._built[name] = make()
         return self._built[name]
@@ -162,7 +162,7 @@ class Case:
         return self.once("model", lambda: vistok.from_official(self.model, self.config, self.state)).eval()
 
 
-@lru_cache(maxsize=2)  # steps of a case follow each other; two cases are the most that lives in memory
+@lru_cache(maxsize=2)  # the steps of a case run one after another, so at most two cases are in memory
 def load_case(folder: Path, label: str | None = None) -> Case:
     return Case(folder, label)
 
@@ -282,7 +282,7 @@ def difference(step: Step, name: str, answer: Any) -> str | None:
 
 
 def same_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal shapes; a scalar and a vector of one are the same."""
+    """Whether shapes are equal; a scalar and a vector of one element count as equal."""
     return got == expected or {got, expected} == {(), (1,)}
 
 

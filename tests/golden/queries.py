@@ -1,4 +1,4 @@
-"""What the operations of generators that ask for places have in common."""
+"""What the operations of generators with position queries have in common."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def orders(step: Step, ids: Tensor) -> Tensor:
 def gradients_of(
     loss: Tensor, model: torch.nn.Module, step: Step, rules: Iterable[tuple[str, str]]
 ) -> dict[str, Tensor]:
-    """Of the parameters that ``wrt`` names as the reference does."""
+    """Gradients of the parameters that ``wrt`` names by the reference's keys."""
     if step.args.get("of", "loss") != "loss":
         raise GoldenFailure(f"{step.id}: gradients of {step.args['of']!r} are not computed, only of the loss")
     parameters, names = dict(model.named_parameters()), []

@@ -20,7 +20,7 @@ PUBLIC = Path(__file__).parent / "cases"
 def _steps() -> list:
     folders = {path.name: path for path in find_cases(PUBLIC)}
     if extra := os.environ.get("VISTOK_GOLDEN"):
-        # A case of a public name is run beside the public one: it may differ.
+        # A case with the name of a public one may differ from it, so both run.
         folders |= {f"extra:{path.name}": path for path in find_cases(Path(extra))}
     return [
         pytest.param(folder, label, step.index, id=step.id)
@@ -37,5 +37,5 @@ def test_golden(folder: Path, label: str, index: int):
         run_step(case, case.steps[index])
     except GoldenFailure as failure:
         problem = str(failure)
-    if problem:  # the message says it all; a traceback through the harness would bury it
+    if problem:  # the message is enough; a traceback through the harness would hide it
         pytest.fail(problem, pytrace=False)

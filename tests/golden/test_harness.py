@@ -1,4 +1,4 @@
-"""The harness itself: wrong answers fail, steps that nobody understands fail, and what should pass passes."""
+"""The harness itself: wrong answers fail, steps without a runner fail, and correct answers pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with clips is said where they come in: by tokenizers, by folders, by the command line."""
+"""Errors for bad clips are raised where they enter: in tokenizers, folders and the command line."""
 
 from __future__ import annotations
 
@@ -87,6 +87,19 @@ def test_grey_transparent_and_odd_videos_are_read(tokenizer, tmp_path):
     assert tokenizer.encode(batch.pixels).shape == (3, tokenizer.num_tokens)
     scores = reconstruct_files(tokenizer, [tmp_path / "grey.mp4", frames], tmp_path / "out.png")
     assert len(scores) == 2
+
+
+def test_a_folder_of_videos_is_reconstructed(run, tmp_path, capsys):
+    (tmp_path / "videos" / "frames").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / "videos" / "frames" / f"{number}.png")
+    (tmp_path / "videos" / "clip.mp4").write_bytes(mp4_bytes(np.zeros((4, 16, 16, 3), np.uint8)))
+    for folder, count in (("videos", 2), ("videos/frames", 1)):
+        with pytest.raises(SystemExit, match="0"):
+            main(["reconstruct", str(run), str(tmp_path / folder), "--out", str(tmp_path / "out.png")])
+        assert capsys.readouterr().out.count("PSNR") == count
+    (tmp_path / "empty").mkdir()
+    assert "there are no videos in" in fails(capsys, "reconstruct", run, tmp_path / "empty")
 
 
 def test_folders_without_clips_are_named(run, tmp_path, capsys):

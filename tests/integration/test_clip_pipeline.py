@@ -114,6 +114,8 @@ def test_pipelines_of_images_have_no_videos(classes):
 
 
 def test_samples_of_clips_are_movies_and_pictures(classes, tmp_path):
+    with pytest.raises(ValueError, match=r"the list of class_labels is empty"):
+        write_samples(classes, tmp_path / "none", 2, classes=[])
     write_samples(classes, tmp_path / "samples", 2, seed=1)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == sorted(f"00000{i}.{end}" for i in (0, 1) for end in ("png", "mp4", "gif")) + [

@@ -1,4 +1,4 @@
-"""The demo: what a run can do, what is shown of it, and, where Gradio is installed, the app through its client."""
+"""The demo: what a run can do, what it shows, and, if Gradio is installed, the app through its client."""
 
 from __future__ import annotations
 
@@ -64,31 +64,31 @@ def test_generation_previews_end_in_what_the_pipeline_makes(run):
 
 
 def test_a_picture_is_reconstructed_and_its_tokens_swapped(run, photo):
-    looked = run.look(photo)
+    reconstructed = run.reconstruct(photo)
     expected = run.tokenizer.reconstruct(run.tokenizer.preprocess(photo))
-    assert torch.allclose(looked.decoded, expected, atol=1e-5)
-    assert math.isfinite(looked.psnr)
-    other = (int(looked.tokens[0, 3]) + 1) % run.spec.codebook_size
-    changed = run.swapped(looked.tokens, 3, other)
-    assert (changed != looked.tokens).nonzero().tolist() == [[0, 3]]
-    assert not torch.equal(run.decode(changed), looked.decoded)
+    assert torch.allclose(reconstructed.decoded, expected, atol=1e-5)
+    assert math.isfinite(reconstructed.psnr)
+    other = (int(reconstructed.tokens[0, 3]) + 1) % run.spec.codebook_size
+    changed = run.swapped(reconstructed.tokens, 3, other)
+    assert (changed != reconstructed.tokens).nonzero().tolist() == [[0, 3]]
+    assert not torch.equal(run.decode(changed), reconstructed.decoded)
     with pytest.raises(ValueError, match=f"position {RASTER.length} is none of 0..{RASTER.length - 1}"):
-        run.swapped(looked.tokens, RASTER.length, 0)
+        run.swapped(reconstructed.tokens, RASTER.length, 0)
     with pytest.raises(ValueError, match="id -1 is none of"):
-        run.swapped(looked.tokens, 0, -1)
+        run.swapped(reconstructed.tokens, 0, -1)
 
 
 def test_ordered_tokens_have_prefixes(tmp_path, photo):
     tiny("flextok").save_pretrained(tmp_path / "ordered")
     run = Run(str(tmp_path / "ordered"), "cpu")
     assert run.prefixes() == list(range(run.spec.prefix_step, run.spec.length + 1, run.spec.prefix_step))
-    looked = run.look(photo)
-    assert run.decode(looked.tokens[:, : run.prefixes()[0]]).shape == looked.decoded.shape
-    assert torch.equal(run.decode(looked.tokens), looked.decoded)  # the noise is the same every time
+    reconstructed = run.reconstruct(photo)
+    assert run.decode(reconstructed.tokens[:, : run.prefixes()[0]]).shape == reconstructed.decoded.shape
+    assert torch.equal(run.decode(reconstructed.tokens), reconstructed.decoded)  # the noise is the same every time
 
 
 def test_entropy_is_that_of_the_generators_predictions(run, photo):
-    tokens = run.look(photo).tokens
+    tokens = run.reconstruct(photo).tokens
     bits = run.entropy(tokens, "cat")
     assert bits.shape == (RASTER.length,)
     assert bool((bits >= 0).all())

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.device
 
 GPU = torch.cuda.is_available()
 ROUNDING = 1e-3 if GPU else 1e-4
-"""Kernels differ; even on the stand-in PyTorch composes some operations of others than on the CPU."""
+"""Kernels differ; even on the stand-in, PyTorch decomposes some operations differently than on the CPU."""
 
 TOKENIZERS = [(name, {}) for name in names("tokenizer")] + [
     ("vit_vqgan", {"codebook_restart_after": 1, "entropy_temperature": 0.1}),
@@ -97,7 +97,7 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
 def check_same(there: Tensor, here: Tensor) -> None:
     """What the device gave, on the device, is what the CPU gave: ids exactly, floats up to rounding.
 
-    Ids are drawn, or nearest, with seeds that are fixed: that one lies within rounding of two is as good as impossible.
+    Ids are drawn, or nearest, with fixed seeds: a tie within rounding is practically impossible.
     """
     assert there.device.type != "cpu"
     torch.testing.assert_close(there.detach().cpu(), here.detach(), rtol=ROUNDING, atol=ROUNDING)
@@ -362,7 +362,7 @@ def test_compiled_steps_sample_alike(name, arguments, device):
     for _ in range(2):
         check_same(there.sample(condition, options, draws=draws), expected)
     session = there.start(condition, options, draws=draws)
-    for start in (0, 50):  # what is forced in between is fed uncompiled
+    for start in (0, 50):  # tokens that are forced in between are fed uncompiled
         for _ in session.generate(45):
             pass
         session.append(expected[:, start + 45 : start + 50])
@@ -466,7 +466,7 @@ def test_a_game_is_played_alike(device):
     here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "num_layers": 1, "norm": "group"}}), (3, 16, 16))
     there, (real, fake) = moved(here, device), Keys.range(0, 4).uniform("images", 3, 16, 16).chunk(2)
     keys = Keys.range(0, 2)
-    check_same(there.fool(fake.to(device), keys), here.fool(fake, keys))
+    check_same(there.generator_loss(fake.to(device), keys), here.generator_loss(fake, keys))
     terms, others = here(real, fake, keys), there(real.to(device), fake.to(device), keys)
     assert "d_r1" in terms
     for name, term in terms.items():

@@ -1,4 +1,4 @@
-"""Pipelines in a notebook: what they and their outputs show, callbacks, clear errors, and model cards."""
+"""Pipelines in a notebook: how they and their outputs display, callbacks, clear errors, and model cards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from support.tiny_models import RASTER, tiny
 
 import vistok
 from vistok.checkpoints.registry import ENTRIES
-from vistok.config import ConfigError
 from vistok.data.pictures import GAP, from_pil
 from vistok.data.sheets import LINE
 from vistok.pipelines import Pipeline
 from vistok.pipelines.card import model_card
 from vistok.pipelines.display import describe_tokens
-from vistok.types import TokenSpec
+from vistok.signatures import ConfigError
+from vistok.types import Condition, TokenSpec
 
 NAMES = ("cat", "dog, hound", "tench")
 
@@ -69,6 +69,14 @@ def test_an_output_shows_itself_with_a_column_per_class(pipe):
     assert out._repr_html_() is None
     with pytest.raises(ValueError, match="scale must be above 0, got -1"):
         out.grid(scale=-1)
+
+
+def test_an_image_without_a_class_has_no_class_name(pipe):
+    made = pipe(condition=Condition.from_labels(torch.tensor([1, -1])), seed=0)
+    assert made.class_names == [pipe.class_names[1], None]
+    assert made.names == [pipe.class_names[1], ""]
+    assert repr(made).endswith(f": {pipe.class_names[1]}, no class)")
+    assert dataclasses.replace(made, class_names=None).names == ["1", ""]
 
 
 def test_an_output_is_told_in_a_line(pipe):
@@ -183,6 +191,21 @@ def test_a_card_says_what_it_is_how_to_load_it_and_under_which_licence(pipe, tmp
     assert all(f"arXiv:{paper}" in text for paper in papers)
     tables = [lines for lines in text.split("\n\n") if "|---|" in lines]
     assert all(line.startswith("|") for table in tables for line in table.splitlines() if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", ["fvd", "fid", "kid"])
+def test_a_card_shows_the_setting_of_the_lowest_distance(pipe, tmp_path, name):
+    values = (None, 9.0, 3.5)  # a setting without the score does not win
+    runs = [{"scores": {name: value} if value else {"is": 2.0}, "guidance_scale": value} for value in values]
+    (tmp_path / "result.json").write_text(json.dumps({"protocol": "p", "runs": runs}))
+    assert f"| {name} | 3.5 |" in str(model_card(pipe, "me/pets", scores=tmp_path))
+
+
+def test_a_card_has_only_tags_that_the_hub_has(pipe):
+    tokenizer = tiny("larp", image_size=16)
+    clips = Pipeline(tokenizer, tiny("llama", spec=tokenizer.spec, num_classes=2, positions="learned"))
+    assert model_card(clips, "me/clips").data.pipeline_tag is None
+    assert model_card(pipe, "me/pets").data.pipeline_tag == "unconditional-image-generation"
 
 
 def test_a_card_without_licence_or_scores_says_so(pipe, tmp_path):

@@ -1,4 +1,4 @@
-"""Any tokenizer feeds any generator that fits, and any loss any tokenizer that gives what it reads."""
+"""Any tokenizer feeds any generator that fits; any loss works with any tokenizer that provides its inputs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from support.grid import (
 from support.tiny_models import in_loop, labels, names, tiny, token_ids
 
 from vistok.checkpoints import registry
-from vistok.config import ConfigError
 from vistok.draws import Keys
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.engine.decodings import DECODINGS
+from vistok.signatures import ConfigError
 from vistok.train.tasks.objective import TERMS, check_terms
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Two journeys as users make them, command by command, on runs of seconds; that from released weights to a picture is
-in test_road.py. A stand-in takes the place of Inception, whose weights are downloaded."""
+"""Two workflows of users, command by command, on runs of seconds; test_road.py has the one from released weights to a
+picture. A stand-in replaces Inception, whose weights would be downloaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inception(monkeypatch):
 
 @pytest.fixture
 def vistok_command(monkeypatch, capsys):
-    """Run a command that succeeds; all that it printed."""
+    """Run a command that succeeds; return all that it printed."""
 
     def run(*arguments: object) -> str:
         texts = [str(argument) for argument in arguments]
@@ -97,7 +97,7 @@ def test_samples_of_others_are_scored_and_guidance_is_swept(tmp_path, vistok_com
     command = ("benchmark", tmp_path / "pipe", "--num", 12, "--reference", tmp_path / "real.npz", "--protocol",
                "torch-fidelity", "--guidance-sweep", "1.0,2.0", "--out", tmp_path / "bench")  # fmt: skip
     vistok_command(*command)
-    vistok_command(*command)  # which reuses the features that are there
+    vistok_command(*command)  # which reuses the existing features
     found = json.loads((tmp_path / "bench" / "result.json").read_text())
     assert [run["guidance_scale"] for run in found["runs"]] == [1.0, 2.0]
     assert (tmp_path / "bench" / "report.html").exists()

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom; here on quickstarts of untrained models, or with a few training steps."""
+"""The notebooks run from top to bottom, here on quickstarts of untrained models or with a few training steps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_first_notebook_is_saved_with_its_pictures():
 
 
 def write_quickstart(folder: Path, system: str) -> None:
-    """What a quickstart leaves, with untrained models."""
+    """Write the files of a finished quickstart, with untrained models."""
     torch.manual_seed(0)
     text = find_system(system).text_length
     runs = {stage: RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")}

@@ -85,7 +85,7 @@ def test_sigma_is_the_share_that_is_kept():
     free = partly_generated(made, images, condition, 0.0, keys, options)
     tokens = made.generator.sample(condition, options, draws=made.generator.sampling_draws(keys, options))
     torch.testing.assert_close(free, made.tokenizer.decode(tokens).detach().clamp(-1, 1))
-    # And every image depends on its own key alone.
+    # Every image depends only on its own key.
     alone = partly_generated(made, images[1:2], condition[1:2], 0.5, keys.at([1]), options)
     torch.testing.assert_close(alone, partly_generated(made, images, condition, 0.5, keys, options)[1:2])
 
@@ -103,7 +103,7 @@ def test_pairs_have_the_names_of_their_files(photos, tmp_path):
 
 
 class Beside(Processes):
-    """One of several processes, played by a thread."""
+    """One of several processes, simulated by a thread."""
 
     def __init__(self, index: int, meeting: Barrier, told: dict):
         super().__init__(index, meeting.parties)
@@ -188,7 +188,7 @@ def test_what_cannot_be_paired(photos, tmp_path):
 
 
 def test_a_decoder_learns_from_pairs_alone(tmp_path):
-    """Tokenizer, generator, pairs, post-training: the tokens stay what they are."""
+    """Tokenizer, generator, pairs, post-training: the tokens do not change."""
     short = {"max_steps": 2, "image_every": 0, "save_every": 0, "log_every": 0}
     tokenizer = train(tokenizer_config(tmp_path / "tokenizer", training=short))
     digits = DataConfig(16, source="digits", channels=1, limit=40)

@@ -13,10 +13,10 @@ from support.tiny_models import tiny
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import load_tokenizer
+from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec
@@ -36,7 +36,7 @@ def tiny_generator(spec: TokenSpec, **arguments) -> ViTVQGANGPT:
     model = ViTVQGANGPT(
         spec, **{"num_classes": 5, "dim": 32, "num_layers": 1, "num_heads": 2, "condition_dropout": 0.1, **arguments}
     )
-    # Untrained logits are nearly flat; these depend visibly on class and neighbours.
+    # Untrained logits are nearly flat; with these weights they depend on class and neighbours.
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -1,4 +1,4 @@
-"""``vistok probe`` and ``vistok compare``: tokenizers judged by themselves and by a small generator."""
+"""``vistok probe`` and ``vistok compare``: tokenizers judged alone and with a small generator."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from vistok.config import load_config, save_config
 from vistok.draws import Keys
 from vistok.pipelines.folders import TOKENIZER
 from vistok.probing import ProbeSettings, compare, probe
+from vistok.probing import tokenizer as timing
 from vistok.probing.generator import CONFIGS
 from vistok.probing.linear import linear_probe
+from vistok.probing.networks import choose_network
 from vistok.probing.report import table
 from vistok.probing.tokenizer import bits
 from vistok.types import TokenSpec
@@ -61,7 +63,7 @@ def test_a_linear_probe_finds_a_linear_rule_and_no_rule_in_noise():
     assert told["accuracy"] > 0.95
     assert (told["channels"], told["fitted"], told["scored"]) == (6, 300, 100)
     assert 0.3 < linear_probe(noise[:300], labels[:300], noise[300:], labels[300:])["accuracy"] < 0.7
-    # Scale and offset of a channel carry no meaning.
+    # The probe must not depend on the scale and offset of a channel.
     moved = features * torch.logspace(0, 3, 6) + 5
     assert linear_probe(moved[:300], labels[:300], moved[300:], labels[300:])["accuracy"] == told["accuracy"]
 
@@ -151,6 +153,22 @@ def test_a_tokenizer_of_images_is_judged_on_clips_frame_by_frame(tmp_path):
     assert told["reconstruction"]["scores"]["psnr_frames"] > 0
 
 
+def test_each_medium_has_its_networks():
+    assert choose_network(None, clips=False) == "efficientnet_lite0"
+    assert choose_network(None, clips=True) == "none"
+    with pytest.raises(ValueError, match="unknown network 'efficientnet_lite0'; clips have i3d"):
+        choose_network("efficientnet_lite0", clips=True)
+
+
+def test_the_clock_starts_when_the_device_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: done.append("waited"))
+    monkeypatch.setattr(timing, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: done.append("clock") or len(done))
+    timing._rate(lambda: done.append("work"), torch.empty(2, device="meta"))
+    assert done == ["work", "waited", "clock", "work", "waited", "clock", "clock"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +176,7 @@ def test_a_tokenizer_of_images_is_judged_on_clips_frame_by_frame(tmp_path):
         (["compare", "ids", "ids"], "at least two different tokenizers"),
         (["compare", "ids", "small"], "cannot be compared with"),
         (["probe", "ids", "--network", "vgg"], "unknown network 'vgg'; images have efficientnet_lite0"),
+        (["probe", "ids", "--network", "i3d"], "unknown network 'i3d'; images have efficientnet_lite0"),
         (["probe", "ids", "--test-split", "train"], "scored on what it was fitted to"),
         (["probe", "ids", "--steps", "-1"], "steps must be at least 0"),
         (["probe", "ids", "--train-images", "3"], "train_images must be at least 10"),

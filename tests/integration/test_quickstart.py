@@ -1,4 +1,4 @@
-"""The quickstart's chain in a few steps, what its scores count, and its report."""
+"""The quickstart with a few training steps, what its scores count, and its report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.html import ReportReader
 
 import vistok
 from vistok.cli import main
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data.config import DataConfig
 from vistok.data.pictures import GAP
 from vistok.data.tokens import TokenCache
@@ -31,6 +31,7 @@ from vistok.quickstart.scores import (
 )
 from vistok.quickstart.story import prefix_ladder, score_lines
 from vistok.quickstart.systems import config_file, systems
+from vistok.signatures import ConfigError
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
@@ -142,7 +143,7 @@ def _exit_code(*arguments) -> int:
 
 
 def test_real_digits_score_as_real_digits(folder, real, held_out, classifier):
-    """Held-out digits in the place of generated ones get the scores of held-out digits."""
+    """Held-out digits in place of generated ones get the scores of held-out digits."""
     tokenizer, cache = vistok.load(folder / "tokenizer" / "tokenizer"), TokenCache(folder / "tokens")
     tokens = torch.arange(len(held_out) * 16).view(-1, 16)
     scores = score(held_out, tokens, classifier=classifier, tokenizer=tokenizer, cache=cache, train=real, test=held_out)
@@ -159,7 +160,7 @@ def test_copies_and_repeats_are_counted(folder, real, held_out, classifier):
     tokenizer, cache = vistok.load(folder / "tokenizer" / "tokenizer"), TokenCache(folder / "tokens")
     as_it_is = encode(tokenizer, real.pixels[:5])
     view, _ = cache.batch(range(5, 9), [1] * 4)
-    new = torch.full((3, 16), tokenizer.spec.codebook_size)  # no sequence of this tokenizer
+    new = torch.full((3, 16), tokenizer.spec.codebook_size)  # not a sequence of this tokenizer
     tokens = torch.cat([as_it_is, view, new])
     generated = Digits(held_out.pixels[:12], held_out.labels[:12])
     scores = score(generated, tokens, classifier=classifier, tokenizer=tokenizer, cache=cache, train=real, test=real)
@@ -176,7 +177,7 @@ def test_equal_latents_are_those_that_differ_no_more_than_a_round_trip():
 
 
 def test_continuous_tokens_are_scored(held_out, real, classifier, tmp_path):
-    """Held-out digits in the place of generated ones: none is a copy; training digits: all are."""
+    """With held-out digits in place of generated ones, no copies are counted; with training digits, all are copies."""
     tokenizer = tiny_kl_vae()
     config = DataConfig(32, source="digits", split="train", channels=1, batch_size=256, limit=40)
     cache = tokenize(tokenizer, config, tmp_path / "tokens")

@@ -1,4 +1,4 @@
-"""The quickstart of clips in a few steps, what its scores count, and its report."""
+"""The quickstart of clips with a few training steps, what its scores count, and its report."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_report_has_clips_that_play(folder):
 
 
 def test_real_clips_score_as_real_clips(folder, real):
-    """Held-out clips in the place of generated ones get the scores of held-out clips; training clips are copies."""
+    """Held-out clips in place of generated ones get the scores of held-out clips; training clips are copies."""
     tokenizer, cache = vistok.load(folder / "tokenizer" / "tokenizer"), TokenCache(folder / "tokens")
     classifier = fit_frame_classifier(spread(real, 20), steps=150)
     few = spread(real, 20)
@@ -123,5 +123,5 @@ def test_repeated_frames_are_the_last_that_was_given(real):
     assert torch.equal(repeated[:, :, :5], real.pixels[:, :, :5])
     assert torch.equal(repeated[:, :, 15], real.pixels[:, :, 4])
     changed = real.pixels.clone()
-    changed[:, :, :5] = 0  # given frames do not count
+    changed[:, :, :5] = 0  # given frames are not scored
     assert prediction_psnr(real.pixels, changed, 5) == float("inf")

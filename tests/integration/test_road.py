@@ -1,4 +1,4 @@
-"""From released weights to a picture: convert, put together, sample."""
+"""From released weights to a picture: convert, combine, sample."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_official_text_to_image_generator_brings_its_text_encoder(monkeypatch
     monkeypatch.setitem(KINDS, "cleaning", encoder)
     pipe = vistok.pipeline("peizesun/llamagen_t2i/t2i_XL_stage1_256.pt")
     assert pipe(num_images=1).prompts is None
-    assert opened == []  # it is large, and opened when it is needed
+    assert opened == []  # the text encoder is large, so it is opened only for a prompt
     made = pipe(prompt="A <b>red</b> cat", num_images_per_prompt=2, guidance_scale=2.0)
     assert opened == [("google/flan-t5-xl", 7)]
     assert made.tokens.shape == (2, 16)
@@ -130,7 +130,7 @@ def test_a_folder_of_parts_takes_a_text_encoder(tmp_path):
     for generator, name, clean, message in (
         (tmp_path / "pipe", other, True, r"trained with features of .*t5 \(cleaning\), not of .*other_t5"),
         (tmp_path / "pipe", text[1], False, r"t5 \(cleaning\), not of .*t5 \(huggingface\)"),
-        (tmp_path / "t2i", save_tiny_clip(tmp_path / "clip"), False, None),  # of as many channels, untold
+        (tmp_path / "t2i", save_tiny_clip(tmp_path / "clip"), False, None),  # as many channels, encoder not recorded
         (
             tmp_path / "narrow",
             other,

@@ -1,4 +1,4 @@
-"""The quickstart's chain of a model that is talked to, in a few steps; captions and conversations of a pipeline."""
+"""The quickstart of a conversational model with a few training steps; captions and chats of a pipeline."""
 
 from __future__ import annotations
 
@@ -148,6 +148,27 @@ def test_a_conversation_is_one_context_in_which_nothing_is_read_twice(pipe):
     assert pipe.chat(seed=2)("now a 3", reply="image").image != second.image
 
 
+def test_a_conversation_whose_reply_failed_is_over(pipe, monkeypatch):
+    chat = pipe.chat(seed=2)
+    chat("draw a 7", reply="image")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(chat._session), "begin_image", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat("now a 3", reply="image")
+    assert len(chat.messages) == 2
+    with pytest.raises(ValueError, match=r"this conversation is over; go on with pipe\.chat\(chat\.messages\)"):
+        chat("now a 4", reply="image")
+    assert pipe.chat(chat.messages, seed=2)("now a 4", reply="image").image is not None
+
+
+def test_a_refused_message_does_not_end_a_conversation(pipe):
+    chat = pipe.chat(seed=2)
+    for bad in ({"text": 7}, {"text": "a", "temperatur": 2}):
+        with pytest.raises(ValueError, match=r"int|temperatur"):
+            chat(**bad)
+    assert chat("draw a 7", reply="image").image is not None
+
+
 def test_a_conversation_goes_on_from_its_history(pipe):
     chat = pipe.chat()
     chat("hello", reply="text", max_tokens=3)
@@ -212,7 +233,7 @@ def test_images_of_any_size_and_mode_are_read(pipe):
             image = Image.new(mode, size)
             assert isinstance(pipe.caption(image, max_tokens=2), str)
     assert large.caption(torch.zeros(2, 3, 16, 16), max_tokens=3) == large.caption([image, image], max_tokens=3)
-    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than there is room for
+    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than the model allows
 
 
 def test_models_of_texts_alone_or_of_images_alone_say_so(pipe, images):

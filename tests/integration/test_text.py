@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 import vistok
 from vistok.cli import app
-from vistok.config import ConfigError
 from vistok.data import DataConfig, TokenBatches, TokenCache, TokenCacheError, TokenMixture, open_source
 from vistok.data.captions import CaptionError
 from vistok.eval.benchmark import benchmark
 from vistok.pipelines.samples import write_samples
+from vistok.signatures import ConfigError
 from vistok.text import PromptEncoder, TextError, open_text_encoder, open_text_tokenizer
 from vistok.text.cleaning import clean_caption
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
@@ -125,7 +125,7 @@ def test_a_mixture_has_the_texts_of_its_caches(text, cache, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where captions lie
+# Where captions are stored
 
 
 def picture(value: int) -> bytes:
@@ -169,7 +169,11 @@ def test_a_column_of_a_hugging_face_data_set_holds_captions(tmp_path):
     rows = {"image": images, "text": [["red cat", "cat"], None, ["bird"]]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
     data = DataConfig(16, source="huggingface", root=str(tmp_path / "set"), channels=1, caption_column="text")
-    assert [open_source(data).captions(index) for index in range(3)] == [("red cat", "cat"), (), ("bird",)]
+    source = open_source(data)
+    assert [source.captions(index) for index in range(3)] == [("red cat", "cat"), (), ("bird",)]
+    source._texts = [{"text": "half a \ud83d"}]
+    with pytest.raises(CaptionError, match=r"data\.caption_column=text of .*\[0\]"):
+        source.captions(0)
 
 
 def test_turned_digits_say_how():
@@ -201,7 +205,7 @@ def test_a_prompt_is_what_its_features_are(runs):
 @pytest.mark.parametrize("part", ["ids", "features"])
 def test_guidance_leads_away_from_a_negative_prompt(runs, part):
     pipe = vistok.pipeline(runs[part])
-    for parameter in pipe.generator.parameters():  # trained for two steps, it would not listen to its condition
+    for parameter in pipe.generator.parameters():  # after two training steps, the model would ignore its condition
         torch.nn.init.normal_(parameter, std=0.3)
     options = {"prompt": "a seven", "seed": 1, "temperature": 0.0}
     plain, same, other = (
@@ -352,7 +356,7 @@ def test_absent_encoders_are_refused(tmp_path):
     [
         ("A red heart", "a red heart"),
         ("  A  <b>Cat</b> with 2 “dogs” ", 'a cat with 2 "dogs"'),
-        ("a &lt;b&gt;cat", "a cat"),  # markup in markup needs the second round
+        ("a &lt;b&gt;cat", "a cat"),  # nested markup needs the second round
         ("a house https://example.com/a.jpg by the sea", "a house by the sea"),
         ("sunset IMG_2034.jpg @someone #123456", "sunset"),
         ("a red-haired_cat-on-a-mat", "a red haired cat on a mat"),

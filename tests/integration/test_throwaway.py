@@ -1,4 +1,4 @@
-"""A throw-away system, whose room is ``support/throwaway`` and nothing else: the whole chain, as a user goes it."""
+"""A throw-away system, all of whose code is in ``support/throwaway``: the whole chain of a user's commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may happen to a file: damages drawn by hypothesis."""
+"""Damages to files, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def places(tree: Any, path: tuple = ()) -> list[tuple]:
 
 
 def changed(tree: Any, path: tuple, how: str, value: Any) -> Any:
-    """The tree with the value at a path exchanged, removed or renamed."""
+    """The tree with the value at a path replaced, removed or renamed."""
     tree = json.loads(json.dumps(tree))
     if not path:
         return value
@@ -53,7 +53,7 @@ def changed(tree: Any, path: tuple, how: str, value: Any) -> Any:
 
 @st.composite
 def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """What may happen to a JSON file."""
+    """Damages to a JSON file."""
     kind = draw(st.sampled_from(["value", "value", "value", "cut", "bytes", "deep"]))
     number, how, value = (
         draw(st.integers(0, 10**6)),
@@ -89,7 +89,7 @@ def outcome(use: Callable[[], Any], errors: type[Exception] | tuple[type[Excepti
 
 @st.composite
 def byte_damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """What may happen to any file: cut, overwritten, emptied, filled with zeros or replaced by text."""
+    """Damages to any file: cut, overwritten, emptied, filled with zeros or replaced by text."""
     kind = draw(st.sampled_from(["cut", "bytes", "bytes", "bits", "zeros", "text"]))
     number, noise = draw(st.integers(0, 10**6)), draw(st.binary(min_size=1, max_size=16))
 

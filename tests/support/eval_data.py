@@ -30,12 +30,12 @@ def as_tensor(images: np.ndarray) -> torch.Tensor:
 
 def colour_statistics(images: torch.Tensor) -> torch.Tensor:
     """A feature function: means and deviations per channel, (B, 6)."""
-    pixels = images.double().flatten(2) / 255  # so exact that no batch size shows in float32
+    pixels = images.double().flatten(2) / 255  # float64: the batch size changes nothing
     return torch.cat([pixels.mean(2), pixels.std(2)], dim=1).float()
 
 
 def batch_statistics(images: torch.Tensor) -> torch.Tensor:
-    """Colour statistics that also show how many images came at a time, as rounding errors of a real network do."""
+    """Colour statistics that depend slightly on the batch size, like the rounding errors of a real network."""
     return colour_statistics(images) * (1 + 1e-3 * len(images))
 
 
@@ -66,7 +66,7 @@ def inception_weights(path: Path) -> Path:
 
 
 class FakeInception:
-    """Stands for Inception where loading it would cost seconds: its name and rules, the colours as features."""
+    """Replaces Inception, which takes seconds to load: its name and rules, with colours as features."""
 
     name = "inception-v3-compat"
 

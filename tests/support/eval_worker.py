@@ -1,4 +1,4 @@
-"""One of several processes that evaluate together; started by tests with the folder of the images."""
+"""One of several processes that evaluate together; tests start it with the folder of the images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokenizer feeds which generator: every pair is tried on tiny models, and the README's table is made of it.
+"""Which tokenizer feeds which generator: tries every pair on tiny models, and makes the README's table.
 
 ``python tests/support/grid.py`` writes the table into the README.
 """
@@ -33,10 +33,10 @@ TOKENIZERS: dict[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for nam
     "titok, vae": ("titok", {"bottleneck": "vae", "output": "pixels"}),
     "llamagen_vq, bits of scales": ("llamagen_vq", {"quantizer": {"name": "multi_scale_bsq", "scales": (1, 2, 4)}}),
 }
-"""Every tokenizer, and those whose options make tokens of another kind."""
+"""Every tokenizer, and variants whose options give tokens of another kind."""
 
 TINY_CODES = 32  # of generators that split ids into parts of given bits
-# Why a generator may refuse tokens: what its message says, and what is then true of the tokens.
+# Why a generator may refuse tokens: a part of its message, and what must then be true of the tokens.
 REFUSALS = {
     "kind": (r"discrete|continuous", lambda spec, continuous: spec.discrete == continuous),
     "depth": (r"one id per position", lambda spec, continuous: spec.depth > 1),
@@ -52,8 +52,8 @@ class Pair:
     """A tokenizer and a generator.
 
     Attributes:
-        refusal: the message of a generator that does not take the tokens; None if it does.
-        arguments: those that it takes them with, besides its tiny ones.
+        refusal: the generator's message if it refuses the tokens, else None.
+        arguments: those that the generator needs for these tokens, besides its tiny ones.
         losses: of two training steps.
     """
 
@@ -107,7 +107,7 @@ def all_pairs() -> dict[str, dict[str, Pair]]:
 
 
 def decoding_refusal(model: Generator, decoding: str) -> str | None:
-    """What the message says of a generator of ids that a decoding does not serve; None if it does."""
+    """The message of a decoding that does not support a generator of ids; None if it does."""
     if decoding == "plain":
         return None
     if not hasattr(model.options_type(), "decoding"):
@@ -126,7 +126,7 @@ def reason(pair: Pair) -> str:
 
 
 def table(pairs: Mapping[str, Mapping[str, Pair]]) -> str:
-    """What fits what, as Markdown."""
+    """The table of pairs, as Markdown."""
     generators = names("generator")
     rows = [f"| tokenizer | {' | '.join(generators)} |", f"|---{'|---' * len(generators)}|"]
     for label, of in pairs.items():

@@ -1,4 +1,4 @@
-"""Reads a report as its readers do."""
+"""Parses the HTML of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 class ReportReader(HTMLParser):
-    """Collects tags with attributes, and the text that a reader sees."""
+    """Collects tags with attributes, and the visible text."""
 
     def __init__(self, path: Path):
         super().__init__()

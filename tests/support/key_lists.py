@@ -17,7 +17,7 @@ KNOWN_IDS = {checkpoint.id for entry in registry.ENTRIES for _, checkpoint in en
 
 
 def read_key_list(path: Path) -> dict:
-    """A key list, with the id of the checkpoint and the "system/part" that it is of."""
+    """A key list, with the id of its checkpoint and its "system/part"."""
     listed = json.loads(gzip.decompress(path.read_bytes()))
     # ViT-VQGAN's lists write "repository: file (remark)"; some name the repository alone.
     released = listed["checkpoint"].split(" (")[0].replace(": ", "/")

@@ -1,4 +1,4 @@
-"""Run by several processes: whether every model's losses and gradients are those of one process, a line each."""
+"""Run by several processes: prints, a line per model, whether losses and gradients are those of one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(name: str, chosen: np.ndarray) -> Numbers:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # Masks of dropout are those of a process, not of a sample.
+    # Dropout masks depend on the process, not on the sample.
     attention = F.scaled_dot_product_attention
     F.dropout = lambda values, *_, **__: values
     F.scaled_dot_product_attention = lambda *values, dropout_p=0.0, **options: attention(*values, **options)

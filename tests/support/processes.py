@@ -8,11 +8,11 @@ from collections.abc import Callable
 from threading import Timer
 
 SECONDS = 300
-"""How long a test waits for a process; many times what it takes on a busy machine."""
+"""Seconds that a test waits for a process; many times what it takes on a busy machine."""
 
 
 def wait_until(done: Callable[[], bool], process: subprocess.Popen, *, seconds: float = SECONDS) -> bool:
-    """Wait until ``done``; False if the process ended before. One that takes longer is killed, and that is an error."""
+    """Wait until ``done``; False if the process ended before. A process that takes too long is killed: an error."""
     end = time.monotonic() + seconds
     while not done():
         if process.poll() is not None:
@@ -35,6 +35,6 @@ def first_line(process: subprocess.Popen, begin: str = "", *, seconds: float = S
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill it, and read what is left in its pipes."""
+    """Kill the process, and read what is left in its pipes."""
     process.kill()
     process.communicate(timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""Tiny files in the formats of released ones: a tokenizer and a class-conditional generator that fit each other."""
+"""Tiny files in the formats of released files: a tokenizer and a class-conditional generator that fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INNER |= {"mlp.up": "1.fn.net.0", "mlp.down": "1.fn.net.2"}
 
 
 def official_state(model: ViTVQGAN) -> dict[str, torch.Tensor]:
-    """The weights of a tokenizer of one block a side, under the names that released files have."""
+    """The weights of a tokenizer with one block in encoder and decoder, under the names of released files."""
     state = {}
     for key, tensor in model.state_dict().items():
         for ours, theirs in NAMES.items():

@@ -44,5 +44,5 @@ def with_three_rows(options: type, other: Condition) -> type:
 
 
 def combined(passes: list[Tensor]) -> Tensor:
-    """What three passes make together."""
+    """The combination of three passes."""
     return torch.stack([weight * one for weight, one in zip(WEIGHTS, passes, strict=True)]).sum(0)

@@ -36,7 +36,7 @@ def names(kind: str) -> list[str]:
 
 
 def next_token_generators() -> list[str]:
-    """Those generators that predict one id after another, each as a whole."""
+    """The generators that predict one id after another, each as a whole."""
     kinds = {name: registry.entry(name).load() for name in names("generator")}
     return [
         name
@@ -54,7 +54,7 @@ def draws_parts(kind: type[Generator]) -> bool:
 
 
 def single_token_generators() -> dict[str, dict[str, Any]]:
-    """Those that can generate one token after another in raster order, with the arguments by which they do."""
+    """The generators that can generate token by token in raster order, with the arguments for it."""
     found = {}
     for name in next_token_generators():
         model_class = registry.entry(name).load()
@@ -64,7 +64,7 @@ def single_token_generators() -> dict[str, dict[str, Any]]:
 
 def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
     """The tiny model of a registered name, in eval mode; ``arguments`` replace some of its own."""
-    with torch.random.fork_rng(devices=[]):  # frozen weights, which stay as they are built, are alike in every call
+    with torch.random.fork_rng(devices=[]):  # frozen weights keep these values
         torch.manual_seed(0)
         model = registry.entry(name).load()(**ARGUMENTS[name] | arguments)
     return randomise(model).eval()
@@ -79,7 +79,7 @@ def in_loop(model: Tokenizer | Generator) -> dict[str, Tokenizer]:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give every trained parameter random values: parameters that start at zero would hide mistakes."""
+    """Give every trained parameter random values: parameters that start at zero would hide errors."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +102,7 @@ def token_ids(generator: Generator, batch: int = 3, seed: int = 0) -> torch.Tens
 
 
 def training_loss(model: Tokenizer | Generator) -> torch.Tensor:
-    """The sum of all that a tiny model can be trained on, on one batch of random data."""
+    """The sum of all losses of a tiny model on one batch of random data."""
     torch.manual_seed(0)
     draws = model.training_draws(Keys.range(0, 3))
     if isinstance(model, Tokenizer):

@@ -69,7 +69,7 @@ def write_tokens(folder):
 
 
 def killed_at(step: int):
-    """In place of ``Trainer.optimise``: what a killed process is, after so many steps."""
+    """Replaces ``Trainer.optimise``: stops like a killed process after so many steps."""
     from vistok.train.loop import Trainer
 
     original = Trainer.optimise

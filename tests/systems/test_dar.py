@@ -127,6 +127,7 @@ def test_other_sizes_work_too(model):
         (lambda ids: ids[:, :0], {}, "cannot decode 0 tokens"),
         (lambda ids: ids[:, :3], {}, "cannot decode 3 tokens of 3 given: a prefix has a multiple of 2 from 2 to 8"),
         (lambda ids: torch.cat([ids, ids], 1), {}, "cannot decode 16 tokens"),
+        (lambda ids: torch.cat([ids, ids], 1), {"lengths": torch.tensor([2, 4, 8])}, "cannot decode 16 tokens: "),
         (lambda ids: ids, {"lengths": torch.tensor([2, 4, 5])}, "cannot decode 5 tokens"),
         (lambda ids: ids + 32, {}, r"out of range: this codebook has ids 0\.\.31"),
         (lambda ids: ids, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
@@ -187,7 +188,7 @@ def test_code_losses_count_the_tokens_that_the_time_has_reached(model):
 
 def test_the_reconstruction_is_exact_where_the_velocity_is(model):
     output = forward(model, [0.3, 0.6, 1.0])
-    torch.testing.assert_close(output.reconstruction[2], pixels(model)[2])  # at time 1 there is nothing left to do
+    torch.testing.assert_close(output.reconstruction[2], pixels(model)[2])  # at time 1 the image is complete
     error = (output.reconstruction - pixels(model)).square().flatten(1).mean(1)
     # A velocity error e moves the estimate by e (1 - t) / data_std.
     torch.testing.assert_close(
@@ -244,7 +245,7 @@ def test_a_prefix_of_a_reference_image_is_kept_and_the_rest_follows_each_label(m
     for _ in session.generate():
         pass
     assert torch.equal(session.tokens[:, :4], ids[:1, :4].expand(3, -1))
-    # What follows is what the model says of the prefix and the label.
+    # The next tokens are those that the model predicts from the prefix and the label.
     scale = options.guidance.weights(4, TOKENS)[0]
     conditional = generator.logits(session.tokens, condition)[:, 4]
     null = generator.logits(session.tokens, condition.null())[:, 4]

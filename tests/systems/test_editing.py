@@ -149,11 +149,11 @@ def test_of_a_window_that_is_partly_known_the_rest_is_drawn_as_in_a_new_image():
     tokens, options = token_ids(model), model.options_type()
     draws = model.sampling_draws(Keys.range(0, 3), options)
     whole, partly = torch.zeros(2, 16, dtype=torch.bool).unbind()
-    whole[[2, 3, 6, 7]] = partly[[3, 6]] = True  # of the second window
+    whole[[2, 3, 6, 7]] = partly[[3, 6]] = True  # a part of the second window
     free, made = (model.edit(tokens, where, condition, options, draws=draws) for where in (whole, partly))
     assert torch.equal(made[:, partly], free[:, partly])
     assert torch.equal(made[:, ~partly], tokens[:, ~partly])
-    # What is known of a window is seen by the windows after it.
+    # Later windows see the known tokens of a window.
     last = partly.clone()
     last[[10, 11, 14, 15]] = True
     greedy = replace(options, temperature=0.0)
@@ -172,7 +172,7 @@ def test_images_of_raster_generators_are_edited_by_class(generator, tokenizer, p
     made = pipe.edit(pixels, masks, [0, 3, 4], seed=2)
     kept = ~token_masks(masks, codec.spec.grid)
     assert torch.equal(made.tokens[kept], codec.encode(pixels)[kept])
-    assert torch.equal(made.tokens[2], pipe([4], seed=2, index_start=2).tokens[0])  # nothing is known of the last
+    assert torch.equal(made.tokens[2], pipe([4], seed=2, index_start=2).tokens[0])  # the last has no known token
     alone = pipe.edit(pixels[1:2], masks[1:2], 3, seed=2, index_start=1)
     assert torch.equal(alone.tokens[0], made.tokens[1])
 

@@ -49,6 +49,20 @@ def test_a_clip_of_frames_saves_and_loads(tmp_path):
     assert loaded.config == {"num_frames": 2, "tokenizer": {"name": "vit_vqgan", **tiny("vit_vqgan").config}}
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("kl_vae", {}), ("mingtok", {}), ("titok", {"bottleneck": "vae"})])
+def test_standardised_latents_of_frames_stay_so_when_saved(name, arguments, tmp_path):
+    Framewise.of(tiny(name, **arguments), 2).save_pretrained(tmp_path / "raw")
+    model = vistok.load(tmp_path / "raw")
+    clips, before = pixels(model), model.fingerprint()
+    raw = model.encode(clips)
+    model.standardise(clips)
+    model.save_pretrained(tmp_path / "model")
+    loaded = vistok.load(tmp_path / "model")
+    assert torch.equal(loaded.encode(clips), model.encode(clips))
+    assert not torch.allclose(loaded.encode(clips), raw)
+    assert loaded.fingerprint() == model.fingerprint() != before
+
+
 def test_what_is_no_image_tokenizer_is_refused():
     with pytest.raises(ValueError, match="needs the name of an image tokenizer"):
         Framewise(2, {})

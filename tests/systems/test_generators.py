@@ -27,7 +27,7 @@ from vistok.nn.flex import LiveKeys
 from vistok.nn.mlp import SwiGLU
 from vistok.types import Condition, TokenSpec
 
-GENERATORS = [name for name, windows in single_token_generators().items() if not windows]  # others test themselves
+GENERATORS = [name for name, windows in single_token_generators().items() if not windows]  # others have own tests
 GREEDY = DecodingOptions(temperature=0)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -107,7 +107,7 @@ def test_guidance_rows_equal_two_passes(setup):
 def test_three_rows_equal_three_passes(name, compiled):
     model, condition, other = tiny(name), labels(0, 4, 1), labels(2, 0, 3)
     options = with_three_rows(DecodingOptions, other)(temperature=0.0)
-    if compiled and "compile_decoding" in vars(type(model)):  # it says why it has no compiled steps
+    if compiled and "compile_decoding" in vars(type(model)):  # the message says why there are no compiled steps
         with pytest.raises(ValueError, match="no compiled decoding"):
             model.compile_decoding("eager")
         return
@@ -128,7 +128,7 @@ def test_bfloat16_cached_logits_equal_teacher_forced_ones(setup):
     cached = torch.cat(calls, 1).float()
     whole = torch.cat([model.logits(ids, rows) for rows in (condition, condition.null())])
     precise = model.float().logits(ids, condition)
-    # As near to each other as bfloat16 is to float32: its rounding depends on how many positions go together.
+    # The tolerance is the distance of bfloat16 from float32: rounding depends on the number of positions in a call.
     error = (whole.chunk(2)[0] - precise).abs().max()
     torch.testing.assert_close(cached, whole, rtol=0, atol=max(2 * error.item(), 0.02))
 
@@ -417,6 +417,11 @@ def test_cache_counts_and_overflows():
         assert torch.equal(value, -part)
     assert cache.length == 3
     assert cache.nbytes == 2 * 2 * 4 * 2 * 4
+    grown = KVCache(num_layers=2, rows=1, num_heads=1, length=4, head_dim=2, shift_dim=3)
+    grown.reserve(5)
+    assert grown.nbytes == 2 * (2 * 5 * 2 + 3) * 4
+    grown.choose(torch.tensor([0, 0, 0]))
+    assert grown.nbytes == 3 * 2 * (2 * 5 * 2 + 3) * 4
     with pytest.raises(ValueError, match="holds 4 positions, 5 were asked for"):
         cache.layers[0].append(part[:, :, :2], part[:, :, :2])
     key, _ = cache.layers[0].append(part[:, :, :1] + 10, part[:, :, :1])
@@ -499,8 +504,8 @@ def test_tokens_that_it_cannot_model_are_refused(name, spec, message):
         ({}, labels(5), "class label 5 is out of range: this generator knows classes 0..4"),
         ({}, Condition.from_features(torch.zeros(1, 1, 16)), "not text features"),
         ({"num_classes": 0}, labels(0), "takes no class labels"),
-        ({"condition_dropout": 0.0}, labels(0, -1), "without a null class"),
-        ({"condition_dropout": 0.0}, Condition.none(1), "without a null class"),
+        ({"condition_dropout": 0.0}, labels(0, -1), "without a null condition"),
+        ({"condition_dropout": 0.0}, Condition.none(1), "without a null condition"),
     ],
 )
 def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, message):
@@ -512,7 +517,7 @@ def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, 
 def test_guidance_needs_a_null_class(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), GREEDY).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), DecodingOptions(temperature=0, guidance_scale=2.0))
 
 

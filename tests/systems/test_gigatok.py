@@ -51,7 +51,7 @@ def test_training_and_decoding_give_the_same_image(model):
     images = pixels(model)
     output = model(images)
     assert torch.equal(model.encode(images), output.tokens)
-    # The rotation that carries the gradient rounds.
+    # The rotation that carries the gradient causes rounding errors.
     torch.testing.assert_close(model.decode(output.tokens), output.reconstruction, atol=1e-4, rtol=1e-4)
     assert output.features["alignment"].shape == (3, 16, 12)
     assert output.features["spatial"].shape == output.features["decoded_spatial"].shape == (3, 32, 4, 4)
@@ -176,7 +176,7 @@ def test_a_run_with_the_terms_of_the_paper(tmp_path):
     assert not late.keys() & {"l2/direct", "feature"}
     others = early["codebook"] + 0.25 * early["commitment"] + early["feature"] + 0.5 * early["repa"]
     assert early["loss"] == pytest.approx(early["l2"] + early["l2/direct"] + others, rel=1e-4)
-    # Teachers are told by their hashes in a checkpoint, and are not in it.
+    # A checkpoint holds the hashes of teachers, not their weights.
     state = Checkpoints(run / "checkpoints", 1, None).load()
     assert state["frozen"].keys() == {"repa_encoder", "discriminator_transformer"}
     assert {name.split(".")[1] for name in state["players"]["adversary"]["weights"]} == {"heads"}

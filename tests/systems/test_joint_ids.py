@@ -1,4 +1,4 @@
-"""Token-Shuffle with windows of one token as a joint model of texts and ids: what it learns from streams, and says."""
+"""Token-Shuffle with windows of one token as a joint model of texts and ids: training on streams, and captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from support.tiny_models import tiny
 from support.tiny_runs import generator_config
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
@@ -19,6 +18,7 @@ from vistok.draws import Keys
 from vistok.pipelines import Pipeline
 from vistok.pipelines.evaluations import score_generated_ids
 from vistok.pipelines.semantic import score_ids
+from vistok.signatures import ConfigError
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
 from vistok.train.monitor import read_metrics
@@ -61,7 +61,7 @@ def test_an_image_after_a_text_is_learned_as_it_is_drawn():
 
 def test_dropped_texts_are_those_of_images_that_are_drawn():
     model = joint(text_weight=0.0, condition_dropout=0.5)
-    drop = {"drop": torch.tensor([0.1, 0.9])}  # the first
+    drop = {"drop": torch.tensor([0.1, 0.9])}  # only the first is dropped
     drawn = streams(model, "begin ids answer begin_image tokens*")
     output = model(drawn, Condition.none(2), draws=drop)
     logits = model.logits(IDS, texts().without(("ids",), torch.tensor([True, False])))
@@ -107,7 +107,7 @@ def test_what_it_says_is_the_likeliest_word_each_time():
             if word == special("end"):
                 break
             ids = torch.cat([ids, torch.tensor([[word]])], 1)
-    assert model.describe(given, 30).shape[1] <= 3 + 1  # no longer than what it learns
+    assert model.describe(given, 30).shape[1] <= 3 + 1  # no longer than the texts in training
     asked = Condition.together(given, texts())  # a question, one of them shorter
     alone = model.describe(Condition.together(Condition.from_given(IDS[1:]), texts(slice(1, 2))), 4)
     assert torch.equal(model.describe(asked, 4)[1:, : alone.shape[1]], alone)

@@ -1,4 +1,4 @@
-"""The KL autoencoder, its moments in a token cache, and what is trained on them."""
+"""The KL autoencoder, its moments in a token cache, and generators trained on them."""
 
 from __future__ import annotations
 

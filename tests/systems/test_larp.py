@@ -141,9 +141,11 @@ def test_stochastic_gradient_passes_through_the_normalised_latents(seed, tempera
     torch.testing.assert_close(output.quantized, quantizer.ids_to_latents(output.ids))
 
 
-def test_temperature_must_be_positive():
+def test_a_stochastic_quantizer_names_what_is_wrong():
     with pytest.raises(ValueError, match="temperature must be positive or 'learned', got -1"):
         StochasticQuantizer(8, 3, temperature=-1)
+    with pytest.raises(ValueError, match="codebook_size and dim must be at least 1, got 0 and 3"):
+        StochasticQuantizer(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +223,7 @@ def test_discriminator_learns_from_clips(spectral_norm):
     model = ViTDiscriminator(4, (8, 16), 2, 4, dim=8, num_layers=1, num_heads=2, spectral_norm=spectral_norm)
     logits = model(torch.rand(2, 3, 4, 8, 16))
     assert logits.shape == (2,)
+    assert model.in_channels == 3
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(ValueError, match="channels before frames"):
@@ -277,7 +280,7 @@ def leaves(config: dict, prefix: str = "") -> dict:
 
 
 def other(value):
-    """Another value of the same kind, which no reference would take for the same."""
+    """Another value of the same type, which a reference would not treat as equal."""
     match value:
         case bool():
             return not value
@@ -402,7 +405,7 @@ def test_wrong_given_frames_are_refused():
         (Condition.from_given(tokens), r"given tokens must be \(B, 5\), .*got \(3, 16\)"),
         (Condition.from_labels([1, 2, 3]), r"takes given tokens \(B, 5\) below 32, not class labels"),
         (Condition.from_given(tokens[:, :5] + 99), "id of a given token 99 is out of range"),
-        (given_frames(model).null(), "without a null class"),
+        (given_frames(model).null(), "without a null condition"),
         (Condition.none(3), "every sample needs given tokens"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -42,7 +42,7 @@ def tiny(spec: TokenSpec = SPEC, **arguments) -> MAR:
         "head_dim": 16,
     }
     model = MAR(spec, **{"num_classes": 5, "buffer_size": 2, **sizes, **arguments}).eval()
-    # The head starts at zero: give it something to say, its variances within the learned range.
+    # The head starts at zero: give it random outputs, with variances within the learned range.
     for module in (model.head.blocks[0].modulation[1], model.head.modulation[1], model.head.output):
         torch.nn.init.normal_(module.weight, std=0.1)
     return model
@@ -245,7 +245,7 @@ def test_every_parameter_learns():
     model = tiny().train()
     model(latents(), LABELS, draws=model.training_draws(Keys.range(3, 3))).loss.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # The null class only where a label is dropped.
+    # The null class gets a gradient only if a label is dropped.
     assert set(idle) <= {"null_class"}
 
 

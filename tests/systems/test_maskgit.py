@@ -1,4 +1,4 @@
-"""The masked generator: its networks, its schedule, and what sampling keeps."""
+"""The masked generator: its networks, its schedule, and the tokens that sampling keeps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_bert_is_that_of_transformers():
         attn_implementation="eager",
     )
     theirs = BertModel(config, add_pooling_layer=False).eval()
-    ours = Bert(20, 9, 16, 3, 2, 40, 0.0, 0.0).eval()
+    sizes = {"vocabulary": 20, "length": 9, "dim": 16, "num_layers": 3, "num_heads": 2, "mlp_dim": 40}
+    ours = Bert(**sizes, attn_drop=0.0, proj_drop=0.0).eval()
     state = our_names({f"model.{key}": value for key, value in theirs.state_dict().items()})
     load_strictly(ours, {key.removeprefix("network."): value for key, value in state.items()})
     ids = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
-"""Ming-UniVision edits an image as the fact sheet says: a plain implementation of its language model, its three rows of
-guidance and its sampler, in float64 and without a cache, gives the answers of cases with an image in the prompt."""
+"""Ming-UniVision's image editing against a plain implementation of its fact sheet: language model, three rows of
+guidance and sampler, in float64 and without a cache, compute the answers of cases with an image in the prompt."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def solve(case: Case, settings: Mapping) -> dict[str, Tensor]:
     count = len(ids)
 
     def states(keep: Tensor, new: Tensor) -> Tensor:
-        """Of the prompt, which sees all of itself, and of new entries, which see of it what is kept."""
+        """States of the prompt, none of which is hidden from itself, and of new entries, which see its kept part."""
         x = torch.cat([prompt, new])
         mask = torch.ones(len(x), len(x), dtype=torch.bool).tril()
         mask[count:, :count] &= keep

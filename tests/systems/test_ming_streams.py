@@ -1,4 +1,4 @@
-"""Ming-UniVision learns from streams what it reads when it samples; and a language model of Hugging Face carries it."""
+"""Ming-UniVision: training on streams matches sampling; a language model of Hugging Face can be its backbone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from support.tiny_models import tiny
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import TokenCache, TokenWriter
 from vistok.data.ragged import Piece
 from vistok.data.streams import StreamBatches, StreamConfig, Streams
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
 from vistok.generators.ming_univision.context import Context
+from vistok.signatures import ConfigError
 from vistok.train.config import RunConfig
 from vistok.train.tasks.generator import GeneratorTask
 from vistok.types import Clock, Condition, ConditionSpec, FeatureSpec, IdSpec
@@ -86,7 +86,7 @@ def test_sampling_reads_what_streams_teach(model, tokenizer, cache, row, turns, 
     session = model.converse(1, MingOptions(), tokenizer=tokenizer)
     if turns == 2:
         session.ask(text(row, 0))
-        session.show(given.given)
+        session.append_image(given.given)
         session.ask(text(row, 1))
     else:
         session.ask(Condition.together(text(row, 1), given))
@@ -163,7 +163,7 @@ def test_a_run_of_streams_learns_them(cache):
 
 
 def test_a_run_is_measured_on_held_out_streams(cache, held_out, tokenizer):
-    """Every held-out sample once, by the same templates and with the same draws every time, nothing left out."""
+    """Every held-out sample once, with the same templates and draws every time, and no condition dropped."""
     run = config(cache, validation={"tokens": str(held_out.folder)})
     task = GeneratorTask(run, 0, 1)
     assert task.validates
@@ -215,7 +215,7 @@ OTHERS = {
 
 
 def written(folder, kind: str, **changes):
-    """A causal language model of random weights, large enough that everything counts."""
+    """A causal language model with weights large enough that every part matters."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     configuration = transformers.AutoConfig.for_model(kind, **SIZES | changes)
@@ -228,7 +228,7 @@ def written(folder, kind: str, **changes):
 
 
 def carried(folder) -> MingUniVision:
-    """With the weights of a language model, where ``tiny`` would draw others."""
+    """A tiny model with the weights of a language model; ``tiny`` would draw others."""
     arguments = {"text_vocabulary_size": 20, "num_classes": 0, "human": (), "assistant": ()}
     return MingUniVision(**MingUniVision.tiny | arguments | {"language_model": str(folder)}).eval()
 
@@ -257,7 +257,7 @@ def test_language_models_of_many_kinds_compute_what_they_did(kind, tmp_path):
         for part, seen in zip(ids.split([4, 1, 7], 1), valid.split([4, 1, 7], 1))
     ]
     torch.testing.assert_close(model.output(torch.cat(parts, 1))[:, 3:, :22], expected, **CLOSE)
-    assert model.backbone.max_length == (16 if kind == "mistral" else 128)  # what its attention reaches back
+    assert model.backbone.max_length == (16 if kind == "mistral" else 128)  # the reach of its attention
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cac
     with torch.no_grad():
         expected = original.eval()(ids).logits
         torch.testing.assert_close(model.logits(model.embed_ids(ids))[..., :22], expected, **CLOSE)
-    assert model.output.out_features == 24  # two marks that it did not know
+    assert model.output.out_features == 24  # two marks that the original does not have
     batch = streams(cache, talk=TALK)
     with pytest.raises(ValueError, match="streams are of another vocabulary: this model's has texts of 21 ids"):
         tiny("ming_univision", text_vocabulary_size=21).reader(batch)
@@ -298,7 +298,7 @@ def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cac
     reading, _, hidden = model.read_streams(batch, tokenizer, None)
     session = model.converse(1, options, tokenizer=tokenizer)
     session.ask(text(1, 0))
-    session.show(cache.condition(np.array([1]), np.array([0]), np.array([0.0])).given)
+    session.append_image(cache.condition(np.array([1]), np.array([0]), np.array([0.0])).given)
     session.ask(text(1, 1))
     taught = hidden[1][reading.valid[1]][len(session.context) - 1]
     torch.testing.assert_close(session.hidden[0], taught.detach(), **CLOSE)

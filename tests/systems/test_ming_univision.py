@@ -125,13 +125,14 @@ def test_given_latents_take_the_place_of_drawn_ones(model, tokenizer):
 
 @torch.no_grad()
 def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
-    """The conditional state of an edit in one context is that of a pass over all that was read and written."""
+    """The conditional state of an edit in one context equals that of a pass over all that was read and written."""
     first, second = texts([7, 8, 9]), texts([4, 11])
     noises = [Keys.range(seed, 1).normal("noise", 16, 4) for seed in (0, 1)]
     session = model.start(first, OPTIONS, draws={"noise": noises[0]}, tokenizer=tokenizer)
     list(session.generate())
     drawn = session.tokens
-    session.turn(second, noises[1])
+    session.ask(second)
+    session.begin_image(OPTIONS.guidance(has_image=True), noises[1])
     assert len(session.guidance.rows) == 3
     list(session.generate())
     session.advance()
@@ -150,7 +151,7 @@ def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
 
 @torch.no_grad()
 def test_rounds_of_a_batch_are_those_of_each_row(model, tokenizer):
-    """Texts of other lengths, answers that end at other words, an image that is shown in the middle."""
+    """Texts of different lengths, answers that end at different words, an image shown in the middle."""
     asked = [texts(*PROMPTS), with_image(texts(*PROMPTS[::-1])), texts([6], [9, 8, 7], [10])]
     noises = [Keys.range(seed, 3).normal("noise", 16, 4) for seed in (0, 1)]
 
@@ -182,7 +183,7 @@ def test_many_rounds_equal_recomputing_the_whole_context(model, tokenizer):
     one = session.draw(OPTIONS, {"noise": Keys.range(0, 1).normal("noise", 16, 4)})
     session.ask(second)
     answer = torch.tensor([[7, 9, model.end]])
-    session.tell(answer)
+    session.append_text(answer)
     session.ask(third)
     session.begin_image(OPTIONS.guidance(has_image=session.has_image), Keys.range(1, 1).normal("noise", 16, 4))
     list(session.generate())
@@ -225,7 +226,7 @@ def test_text_goes_on_behind_an_image_and_answers_about_one(model, tokenizer):
     answers = model.describe(asked, 6, tokenizer=tokenizer)
     for row, prompt in enumerate(PROMPTS):
         one = Condition.together(texts(prompt), asked[row : row + 1].only(["given"]))
-        alone = model.describe(one, 6, tokenizer=tokenizer)  # which stops earlier
+        alone = model.describe(one, 6, tokenizer=tokenizer)  # alone, it stops earlier
         assert torch.equal(alone, answers[row : row + 1, : alone.shape[1]])
         assert (answers[row, alone.shape[1] :] == model.end).all()
     first = model.logits(model.prompt(asked, tokenizer))[:, -1].argmax(-1)
@@ -267,6 +268,14 @@ WRONG = {
 }
 
 
+def test_a_start_reads_the_statistics_of_the_tokenizer_once(tokenizer, monkeypatch):
+    model, reads = tiny("ming_univision"), []
+    kind = type(tokenizer)
+    monkeypatch.setattr(kind, "latent_statistics", property(lambda self: reads.append(self) or {}))  # else synchronises
+    model.start(texts([7]), OPTIONS, draws=model.sampling_draws(Keys.range(0, 1)), tokenizer=tokenizer)
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_models_that_cannot_be_are_refused(what):
     arguments, message = WRONG[what]
@@ -278,12 +287,16 @@ REFUSED = {
     "rows": (lambda s, m: s.ask(texts([7])), "the session has 2 rows, the condition 1; take as many"),
     "rows of noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(3, 16, 4)}), "2 rows, the noise 3"),
     "length": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 9, 4)}), r"noise must be \(B, 16, 4\), got"),
+    "more noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 17, 4)}), r"\(B, 16, 4\), got \(2, 17, 4\)"),
     "noise": (lambda s, m: s.draw(OPTIONS, {}), r"pass draws=sampling_draws"),
-    "shown": (lambda s, m: s.show(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
-    "shown ids": (lambda s, m: s.show(torch.zeros(2, 16, dtype=torch.int64)), "are these ids of another tokenizer"),
-    "word": (lambda s, m: s.tell(torch.tensor([[1], [99]])), "id 99 is not in the vocabulary of 24"),
-    "words": (lambda s, m: s.tell(torch.zeros(2, 3)), r"ids must be \(B, n\) integers"),
-    "rows of words": (lambda s, m: s.tell(torch.tensor([[1]])), "2 rows, the ids 1"),
+    "shown": (lambda s, m: s.append_image(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
+    "shown ids": (
+        lambda s, m: s.append_image(torch.zeros(2, 16, dtype=torch.int64)),
+        "are these ids of another tokenizer",
+    ),
+    "word": (lambda s, m: s.append_text(torch.tensor([[1], [99]])), "id 99 is not in the vocabulary of 24"),
+    "words": (lambda s, m: s.append_text(torch.zeros(2, 3)), r"ids must be \(B, n\) integers"),
+    "rows of words": (lambda s, m: s.append_text(torch.tensor([[1]])), "2 rows, the ids 1"),
     "places": (lambda s, m: list(s.generate(1)), "the image has 0 places left"),
     "nothing": (lambda s, m: m.describe(Condition.none(2), 3, tokenizer=tiny("mingtok")), "nothing to describe"),
     "ids": (lambda s, m: m.embed_ids(torch.tensor([[-1]])), "id -1 is not in the vocabulary"),
@@ -302,14 +315,14 @@ def test_bad_turns_are_refused_and_leave_the_session_as_it_was(tokenizer, what):
     a, b = (session.draw(OPTIONS, model.sampling_draws(Keys.range(0, 2))) for session in sessions)
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match="nothing was asked"):
-        model.converse(1, OPTIONS, tokenizer=tokenizer).tell(torch.tensor([[1]]))
+        model.converse(1, OPTIONS, tokenizer=tokenizer).append_text(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="at least one row, got 0"):
         model.converse(0, OPTIONS, tokenizer=tokenizer)
 
 
 @torch.no_grad()
 def test_smaller_images_are_padded_and_read_as_they_are(tokenizer):
-    """Padding before an image has no part in its features, and rows of other image sizes go together."""
+    """Padding before an image does not change its features; rows of different image sizes can share a batch."""
     model = tiny("ming_univision", given_length=20)
     images = Keys.range(5, 2).normal("image", 16, 4)
     sizes, rows, masks = (16, 9), torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool)
@@ -339,6 +352,11 @@ def test_experts_of_few_and_of_many_tokens_are_the_same(renormalise):
         expected = expected + share * (hidden @ moe.down[expert].T)
     torch.testing.assert_close(many, expected, **CLOSE)
     assert not torch.allclose(moe(x), many, atol=1e-3)
+
+
+def test_a_third_router_would_route_no_tokens():
+    with pytest.raises(ValueError, match="num_routers must be 1 or 2, got 3"):
+        MixtureOfExperts(8, 6, 4, 2, num_routers=3)
 
 
 def test_experts_learn():

@@ -1,4 +1,4 @@
-"""Generators that ask for places: RandAR and LPD."""
+"""Generators with position queries: RandAR and LPD."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vistok.types import TokenSpec
 
 NAMES = ("randar", "lpd")
 SIZES = ((1,) * 16, (1, 2, 3, 4, 6), (3, 1, 5, 7), (16,))
+THRESHOLDS = {"proximity_threshold": 1.0, "repulsion_threshold": 1.0}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -162,7 +163,7 @@ def test_bad_orders_and_groups_are_refused(name):
 def test_without_a_null_class_guidance_is_refused(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), options_of(name, temperature=0)).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), options_of(name, temperature=0, guidance_scale=2.0))
 
 
@@ -195,7 +196,7 @@ def test_an_edit_keeps_what_it_should_and_sees_all_of_it(name):
         model.edit(ids, regenerate, condition, options_of(name))
     with pytest.raises(ValueError, match="not group_sizes"):
         model.edit(ids, regenerate, condition, options_of(name, temperature=0, group_sizes=(16,)))
-    for num_steps in (0, 17):  # of whole images, however few tokens are generated
+    for num_steps in (0, 17):  # the limit is that of whole images
         with pytest.raises(ValueError, match=rf"num_steps must lie in 1\.\.16, .* got {num_steps}"):
             model.edit(ids, regenerate, condition, options_of(name, temperature=0, num_steps=num_steps))
     with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\)"):
@@ -233,15 +234,15 @@ def test_a_local_order_is_a_permutation(height, width, seed, proximity, data):
     sizes = [1]
     while sum(sizes) < count:
         sizes.append(data.draw(st.integers(1, count - sum(sizes))))
-    order = locality_order(
-        (height, width), sizes, seed % count, rng.random((len(sizes), count)), proximity_threshold=proximity
-    )
+    ties = rng.random((len(sizes), count))
+    thresholds = THRESHOLDS | {"proximity_threshold": proximity}
+    order = locality_order((height, width), sizes, seed % count, ties, **thresholds)
     assert sorted(order.tolist()) == list(range(count))
     assert order[0] == seed % count
 
 
 def test_a_local_group_is_near_what_is_known_and_apart():
-    order = locality_order((8, 8), [1, 1, 2, 60], 27, np.random.default_rng(0).random((4, 64)))
+    order = locality_order((8, 8), [1, 1, 2, 60], 27, np.random.default_rng(0).random((4, 64)), **THRESHOLDS)
     second, third, fourth = (np.array(divmod(int(place), 8)) for place in order[1:4])
     assert np.abs(second - (3, 3)).sum() == 1
     assert np.abs(third - fourth).max() > 1
@@ -253,7 +254,7 @@ def test_a_local_group_is_near_what_is_known_and_apart():
 )
 def test_a_local_order_of_wrong_sizes_is_refused(sizes, first, message):
     with pytest.raises(ValueError, match=message):
-        locality_order((4, 4), sizes, first, np.zeros((len(sizes), 16)))
+        locality_order((4, 4), sizes, first, np.zeros((len(sizes), 16)), **THRESHOLDS)
 
 
 def test_groups_that_do_not_begin_with_one_token_need_a_random_order():
@@ -309,7 +310,7 @@ def test_a_larger_grid_lies_around_a_sample_of_the_trained_size():
     assert torch.equal(ids.unflatten(1, (8, 8))[:, ::2, ::2].flatten(1), coarse)
     assert torch.equal(sample_larger(model, condition[1:2], options, keys=keys.at([1])), ids[1:2])
     assert len(enlarged(model).steps({}, QueryOptions(num_steps=20)).order[0]) == 64
-    assert model.spec.length == 16  # which is as it was
+    assert model.spec.length == 16  # the model itself is unchanged
 
 
 def test_larger_grids_turn_fast_frequencies_on_and_slow_ones_in_the_range_of_training():
@@ -318,9 +319,9 @@ def test_larger_grids_turn_fast_frequencies_on_and_slow_ones_in_the_range_of_tra
     pairs = small.cos.shape[1] // 2
     angle = torch.atan2(large.sin[1:], large.cos[1:]).unflatten(0, (8, 8))
     old = torch.atan2(small.sin[1:], small.cos[1:]).unflatten(0, (4, 4))
-    torch.testing.assert_close(angle[:4, :4, 0], old[..., 0])  # the fastest, by row
-    torch.testing.assert_close(angle[7, 7, 1:pairs], old[3, 3, 1:pairs])  # the others end where they ended
-    assert float(large.cos[0].abs().max()) == 0  # the class is not seen by its position
+    torch.testing.assert_close(angle[:4, :4, 0], old[..., 0])  # the fastest frequency continues by row
+    torch.testing.assert_close(angle[7, 7, 1:pairs], old[3, 3, 1:pairs])  # the others end at the angle of training
+    assert float(large.cos[0].abs().max()) == 0  # attention to the class has no position
     plain = enlarged(model, pairs).rotation
     torch.testing.assert_close(plain.cos[1:].unflatten(0, (8, 8))[:4, :4], small.cos[1:].unflatten(0, (4, 4)))
 

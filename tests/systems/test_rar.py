@@ -36,7 +36,7 @@ def test_the_place_to_be_predicted_counts():
     swapped[:, 14:] = torch.tensor([15, 14])
     before, after = (model.logits(ids, labels(0, 1, 2), order) for order in (orders, swapped))
     torch.testing.assert_close(before[:, :14], after[:, :14])
-    assert not torch.allclose(before[:, 14], after[:, 14])  # of the same tokens, but for another place
+    assert not torch.allclose(before[:, 14], after[:, 14])  # the same tokens, but for another position
 
 
 def test_the_share_of_random_orders_falls_from_one_to_zero():
@@ -47,6 +47,11 @@ def test_the_share_of_random_orders_falls_from_one_to_zero():
     raster = (orders == torch.arange(16)).all(1).float().mean().item()
     assert raster == pytest.approx(0.5, abs=0.1)
     assert (model.training_draws(Keys.range(0, 9, step=200))["order"] == torch.arange(16)).all()
+
+
+def test_orders_may_turn_from_random_to_raster_at_one_step():
+    model = tiny("rar", random_until=5, raster_from=5)
+    assert [model.random_share(step) for step in (0, 4, 5, 6)] == [1, 1, 0, 0]
 
 
 def test_orders_may_be_raster_from_the_start():
@@ -77,7 +82,7 @@ def test_known_tokens_are_taken_and_fed_on():
     tokens = model.sample_forced(real, kept, condition, draws=draws)
     assert torch.equal(tokens[kept], real[kept])
     assert not torch.equal(tokens[~kept], real[~kept])
-    # A token behind is the one that is drawn after the whole beginning, known tokens included.
+    # A later token is drawn given all earlier ones, known tokens included.
     prefix = model.start(condition, draws=draws)
     prefix.append(tokens[:, :9])
     next(iter(prefix.generate(1)))

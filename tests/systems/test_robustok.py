@@ -1,4 +1,4 @@
-"""RobusTok: the tokenizer, perturbation of latents, and the losses it brought."""
+"""RobusTok: the tokenizer, perturbation of latents, and its losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.tiny_models import pixels, tiny
 from vistok.draws import Keys
 from vistok.losses import SemanticGuide, contrastive_loss
 from vistok.quantizers import VectorQuantizer
-from vistok.quantizers.perturbation import Annealing, Perturbation, perturbation_draws
+from vistok.quantizers.perturbation import EXCHANGE, RANK, Annealing, Perturbation, perturbation_draws, ranks
 from vistok.tokenizers.robustok import from_backbone
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +93,12 @@ def test_gradients_pass_straight_through_the_exchange():
     torch.nn.functional.normalize(straight, dim=-1).sum().backward()
     torch.testing.assert_close(latents.grad, straight.grad)
     assert made.embedding.weight.grad is None
+
+
+def test_a_rate_of_0_exchanges_nothing():
+    lowest = {EXCHANGE: torch.zeros(1, 4), RANK: torch.full((1, 4), 0.9)}
+    assert ranks(0.0, 10, lowest).tolist() == [[0, 0, 0, 0]]
+    assert ranks(1.0, 10, lowest | {EXCHANGE: torch.tensor([[0, 0.3, 0.6, 1 - 2**-24]])}).tolist() == [[9, 9, 9, 9]]
 
 
 def test_a_perturbation_needs_draws_and_is_off_in_evaluation():

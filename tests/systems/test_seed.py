@@ -16,7 +16,6 @@ from support.tiny_text import save_tiny_t5
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data.config import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
@@ -27,10 +26,11 @@ from vistok.losses.efficientnet import EfficientNetFeatures
 from vistok.pipelines import Pipeline
 from vistok.pipelines.renderers import UnCLIP
 from vistok.probing import ProbeSettings, probe
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.objective import TokenizerObjective
-from vistok.train.tasks.texts import contrast
+from vistok.train.tasks.text_contrast import contrast
 from vistok.train.tokenize import tokenize
 
 NAME = "seed/tokenizer"
@@ -218,7 +218,7 @@ def test_a_run_trains_it_and_its_tokens_feed_a_generator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The first stage, and what the second one's ids find
+# The first stage, and retrieval by the second one's ids
 
 
 def test_contrast_is_the_textbook_loss_and_equal_labels_are_right_alike():
@@ -349,7 +349,7 @@ def test_a_pipeline_shows_generated_ids_by_its_renderer():
 
 
 class _UnCLIP:
-    """In place of diffusers' pipeline."""
+    """Replaces diffusers' pipeline."""
 
     dtype = torch.float32
 

@@ -181,7 +181,7 @@ def test_unused_codes_move_onto_their_nearest_latents_and_used_ones_stay():
     with torch.no_grad():
         quantizer.embedding.weight.copy_(codes)
     latents = torch.tensor([[[0.1, 0.0], [0.9, 0.1], [0.0, -0.1], [1.1, 0.0]]])
-    for _ in range(30):  # the average of use has to rise first
+    for _ in range(30):  # the usage average has to rise first
         quantizer(latents)
     quantizer.after_backward()
     moved = quantizer.embedding.weight.detach()

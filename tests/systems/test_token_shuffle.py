@@ -197,6 +197,17 @@ def test_fusion_starts_as_the_pure_fold():
 # Sampling
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_steps_do_not_read_the_text_again(window, monkeypatch):
+    model, reads = tiny("token_shuffle", window=window, **TEXT), []
+    prefix = model.prefix
+    monkeypatch.setattr(model, "prefix", lambda condition: reads.append(condition) or prefix(condition))
+    session = model.start(texts(), GREEDY)
+    begun = len(reads)
+    list(session.generate())
+    assert len(reads) == begun
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("window", [1, 2, 4])
 @pytest.mark.parametrize("scale", [1.0, 2.5])

@@ -1,4 +1,4 @@
-"""Tokenizers: the contract of all, and the options of each."""
+"""Tokenizers: the contract that all share, and the options of each."""
 
 from __future__ import annotations
 

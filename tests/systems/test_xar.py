@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ def draw(model: XAR, chosen: XAROptions, count: int = 3, seed: int = 0) -> Draws
 
 @torch.no_grad()
 def sample_uncached(model: XAR, condition: Condition, chosen: XAROptions, draws: Draws) -> Tensor:
-    """The whole sequence, all of its network calls over everything so far, one per guidance row."""
+    """The whole sequence without a cache: each network call is over everything so far, one call per guidance row."""
     layout, count = model.layout, len(condition)
     sequence = torch.zeros(count, 0, model.spec.dim)
     for entity in range(layout.num_entities):
@@ -244,7 +246,7 @@ def test_network_calls_and_tokens_per_call():
     chosen = options(num_steps=3)
     model.sample(LABELS, chosen, draws=draw(model, chosen))
     hook.remove()
-    # An unguided first cell has no null rows; the first call of a later cell feeds the finished one along.
+    # An unguided first cell has no null rows; the first call of a later cell also feeds the finished one.
     later = [(6, 8), (6, 4), (6, 4)]
     assert sizes == [(3, 4)] * 3 + later * 3
 
@@ -276,6 +278,15 @@ def test_flex_attention_agrees_with_the_dense_mask():
     flexible = block_causal(layout.entity_of).attend(q, k, v)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask())
     torch.testing.assert_close(flexible, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_keeps_the_layout_of_a_model_that_is_gone():
+    model = tiny()
+    model.own_tokens(latents(), None, LABELS, model.training_draws(Keys.range(0, 3)))
+    layout = weakref.ref(model.layout)
+    del model
+    gc.collect()
+    assert layout() is None
 
 
 def test_plain_sequences_of_latents_are_modelled_too():

@@ -10,9 +10,9 @@ from PIL import Image
 from support.tiny_models import ARGUMENTS, names, pixels, tiny
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.draws import Keys
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.preview import preview
 from vistok.train.tasks.objective import TokenizerObjective
@@ -68,7 +68,7 @@ def test_the_prior_is_trained_and_resumed_with_the_run(tmp_path):
         return found
 
     def find(state: Any, name: str) -> list[torch.Tensor]:
-        """Tensors of the players' weights whose key ends with ``name``; the optimizer's have no names."""
+        """Tensors of the players' weights whose key ends with ``name``; optimizer states have no names."""
         inner = state.items() if isinstance(state, dict) else ()
         own = [value for key, value in inner if str(key).endswith(name) and isinstance(value, torch.Tensor)]
         return own or [tensor for _, value in inner for tensor in find(value, name)]
@@ -172,7 +172,7 @@ def test_generators_of_clips_train_and_sample(tmp_path, given, condition):
 
 
 def test_pictures_of_a_run_show_a_clip_a_row(tmp_path):
-    """Of tokenizers pairs of rows, of generators a row per class; ``--dry-run`` shows the first batch."""
+    """Pictures: pairs of rows for tokenizers, a row per class for generators; ``--dry-run`` shows the first batch."""
     seen = preview(tokenizer_run(tmp_path / "run"))
     with Image.open(seen.picture) as picture:
         assert picture.size == (4 * 16 + 3 * 2, 4 * 16 + 3 * 2)  # 4 frames across, 4 clips down, gaps between

@@ -1,4 +1,4 @@
-"""What training feeds in place of the data: the model's own tokens, or any, over every generator."""
+"""Training contexts in place of the data, the model's own tokens or random ones, for every generator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE_IDS = [
     for name in ALL
     if issubclass(kind := registry.entry(name).load(), AutoregressiveGenerator)
     and not draws_parts(kind)  # see test_prediction.py
-    and name != "token_shuffle"  # which learns a text, too
+    and name != "token_shuffle"  # which also learns a text
 ]
 CLASSES, KEYS = labels(0, 1, 2), Keys.range(0, 3)
 END = Clock(10, 10)
@@ -44,7 +44,7 @@ def loss_of(learner, clock: Clock = END, keys: Keys = KEYS) -> torch.Tensor:
 
 
 def context_of(model, share: float = 1.0, rows: slice = slice(None), **section) -> torch.Tensor:
-    """What an objective feeds, for some of the rows."""
+    """The context that an objective feeds, for some of the rows."""
     section = section or {"scheduled_sampling": ScheduledSampling(share)}
     training = learner(model, **section)
     model.eval()
@@ -93,7 +93,7 @@ def test_a_share_of_the_context_is_replaced_and_what_is_predicted_stays(name):
     half, whole = context_of(model, 0.5), context_of(model, 1.0)
     kept = (half == given).view(3, len(given[0]), -1).all(2)
     assert 0 < kept.float().mean() < 1
-    if name not in ("mar", "maskgit"):  # whose own tokens are drawn from those that are left
+    if name not in ("mar", "maskgit"):  # whose own tokens are drawn given the unmasked ones
         replaced = ~kept
         assert torch.equal(half[replaced], whole[replaced])
     draws = model.training_draws(KEYS)
@@ -149,7 +149,7 @@ def test_an_entity_that_was_replaced_is_context_alone():
     moved = model.velocity(model.noisy(context, draws["noise"], draws["time"]), draws["time"], drop)
     torch.testing.assert_close(output.prediction, moved)
     assert output.loss.item() == pytest.approx(errors[:, 4:].mean().item())
-    assert torch.equal(context_of(model)[:, 12:], sequence[:, 12:])  # the last is nobody's context
+    assert torch.equal(context_of(model)[:, 12:], sequence[:, 12:])  # the last entity is in no context
 
 
 def test_an_entitys_own_latents_are_where_its_velocity_points():
@@ -178,7 +178,7 @@ def test_contexts_of_other_layouts(name, arguments):
     assert not torch.equal(half, given)
     loss = loss_of(learner(model, scheduled_sampling=ScheduledSampling(0.5), token_noise=0.2))
     assert torch.isfinite(loss)
-    if name == "xar":  # whole entities, and not the last
+    if name == "xar":  # whole entities, except the last
         changed = (half != given).any(2)
         for entity, (first, stop) in enumerate(pairwise(model.layout.bounds)):
             part = changed[:, first:stop]
@@ -193,7 +193,7 @@ def test_one_entity_alone_has_no_context():
 
 
 def last_places(model, draws) -> torch.Tensor:
-    """(3, N) bool: what of the context is generated last, or, of masked models, not seen."""
+    """(3, N) bool: the part of the context that is generated last, or that masked models do not see."""
     if "masked" in draws:
         hidden = draws["masked"]
         return hidden if hidden.dtype == torch.bool else torch.zeros(3, model.length).bool().scatter(1, hidden, True)

@@ -1,4 +1,4 @@
-"""Training on two processes goes through the numbers of one."""
+"""Training on two processes computes the numbers of one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import distributed
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import OptimizerConfig
 from vistok.train.monitor import read_metrics
@@ -48,7 +49,7 @@ def one(tmp_path_factory) -> Path:
 
 
 def remedies(folder: Path, batch_size: int, **training) -> dict:
-    """A run that restarts dead codes and has an entropy loss, both of which look at the whole batch."""
+    """A run with restart of dead codes and an entropy loss, which both use the whole batch."""
     return tokenizer_config(
         folder,
         model={"codebook_restart_after": 1, "entropy_temperature": 0.1},
@@ -91,7 +92,7 @@ def assert_same_curves(one: Path, two: Path) -> None:
         ours, theirs = ([row[name] for row in rows if name in row] for rows in curves)
         assert theirs == pytest.approx(ours, rel=1e-4), name
     ours, theirs = ({row["step"]: row["val_loss"] for row in rows if "val_loss" in row} for rows in curves)
-    both = ours.keys() & theirs.keys()  # the steps at which both saved a checkpoint
+    both = ours.keys() & theirs.keys()  # the steps at which both runs saved a checkpoint
     assert bool(both) == bool(ours)
     assert [theirs[step] for step in both] == pytest.approx([ours[step] for step in both], rel=1e-4)
 
@@ -190,13 +191,13 @@ def test_remedies_of_a_dying_codebook_see_the_whole_batch(tmp_path, parallel):
 
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):
     endless = config(tmp_path / "two", max_steps=100_000, save_every=0, image_every=0)
-    endless["data"]["num_workers"] = 1  # torchrun signals the loader's processes, too
+    endless["data"]["num_workers"] = 1  # torchrun also signals the loader's processes
     save_config(endless, tmp_path / "two.yaml")
     command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "two.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "two" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and bool(read_metrics(metrics)), process)
-    for child in children(process):  # as a scheduler that signals every process; torchrun passes its own on
+    for child in children(process):  # as schedulers signal all processes; torchrun also forwards its signal
         os.kill(child, signal.SIGTERM)
     process.terminate()
     _, printed = process.communicate(timeout=120)
@@ -280,7 +281,7 @@ def test_a_launcher_of_another_precision_is_refused(tmp_path, monkeypatch):
         train(tokenizer_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     train(tokenizer_config(tmp_path / "run", training={"mixed_precision": "bf16", "max_steps": 1}))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says without the option
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch sets without the option
     train(tokenizer_config(tmp_path / "other", training={"mixed_precision": "bf16", "max_steps": 1}))
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: from other models and other classes, whole or by low-rank adapters."""
+"""Fine-tuning from other models and other classes, of all weights or by low-rank adapters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from support.tiny_runs import generator_config, tokenizer_config
 import vistok
 from vistok.checkpoints import CheckpointError, convert
 from vistok.checkpoints.adapters import ADAPTER, merged
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data import DataConfig
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import InitFrom, LoraConfig
 from vistok.train.lora import add_adapters
@@ -26,7 +27,7 @@ QUICK = {"max_steps": 2, "batch_size": 4, "ema_decay": 0.0, "log_every": 1, "sav
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A converted generator of 1,000 classes, and the tokens of digits of ten."""
+    """A converted generator of 1,000 classes, and a token cache of digits with ten classes."""
     folder = tmp_path_factory.mktemp("source")
     file, config = write_generator(folder)
     convert("llamagen/gpt", file, read_json(config)).save_pretrained(folder / "gpt")
@@ -142,7 +143,7 @@ def test_a_tokenizer_is_adapted_too(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"targets": ["decodr.*"]}, r"training\.lora\.targets: no parameter is called 'decodr\.\*'"),
+        ({"targets": ["decodr.*"]}, r"training\.lora\.targets: no layer is called 'decodr\.\*'"),
         ({"also": ["nothing"]}, r"training\.lora\.also: no parameter is called 'nothing'"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"ranks": 4}, r"did you mean training\.lora\.rank"),

@@ -70,7 +70,7 @@ def test_killed_at_any_moment(tmp_path, tokens, stage):
             return tokenizer_config(tmp_path / name, losses={"gan": GAN | {"start_step": 9}}, training=LONG)
         return generator_config(tmp_path / name, tokens, training=LONG | {"image_every": 0})
 
-    moment = random.Random(stage)  # one that can be gone back to
+    moment = random.Random(stage)  # seeded, so that a failure can be repeated
     whole = train(config("whole"))
     process = start(config("part"))
     wait_for_step(process, tmp_path / "part", moment.randrange(15, 30))
@@ -104,7 +104,7 @@ def test_stopped_by_a_signal(tmp_path, number):
 
 
 def with_loader_worker(folder: Path) -> dict:
-    """A run that goes on until it is told to stop, and reads its data in one more process."""
+    """A run that trains until it is stopped, and reads its data in one more process."""
     config = tokenizer_config(folder, training=LONG | {"max_steps": 100000, "save_every": 0, "image_every": 0})
     config["data"]["num_workers"] = 1
     return config
@@ -118,7 +118,7 @@ def loader_workers(process: subprocess.Popen) -> list[int]:
 def test_signals_to_the_whole_process_group_twice(tmp_path):
     process = start(with_loader_worker(tmp_path / "run"), start_new_session=True)
     wait_for_step(process, tmp_path / "run", 5)
-    for _ in range(2):  # one from a scheduler, one passed on by a launcher
+    for _ in range(2):  # one from a scheduler, one forwarded by a launcher
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.01)
     _, printed = process.communicate(timeout=60)
@@ -340,7 +340,7 @@ def test_codebook_watch_waits_and_forgives():
 def test_codebook_watch_goes_on_after_a_resume(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(CodebookWatch, "PATIENCE", 4)
     monkeypatch.setattr(CodebookWatch, "SHARE", 1.1)
-    for steps in (4, 8, 12):  # it is due at step 5, and was given before step 12
+    for steps in (4, 8, 12):  # the warning is due at step 5, and was given before step 12
         with caplog.at_level("WARNING", logger="vistok"):
             train(tokenizer_config(tmp_path / "run", training={"max_steps": steps}), resume=steps > 4)
     assert caplog.text.count("the codebook is dying") == 1
@@ -372,7 +372,7 @@ def test_unreadable_images_are_remembered_by_a_resumed_run(tmp_path, caplog):
     fill_folder(tmp_path / "photos", {"ant": 101})
     (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
     data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
-    for steps in (5, 6):  # one epoch meets it, the first step of the next does not
+    for steps in (5, 6):  # one epoch reads it, the first step of the next does not
         caplog.clear()
         with caplog.at_level("WARNING", logger="vistok"):
             train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": steps}), resume=steps > 5)
@@ -385,5 +385,5 @@ def test_too_many_unreadable_images_stop_the_run_with_the_list(tmp_path):
     for number in (7, 9):
         (tmp_path / "photos" / "ant" / f"{number:03d}.png").write_bytes(b"no image")
     data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
-    with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 101 images .*(007|009)\.png"):
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 101 samples .*(007|009)\.png"):
         train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": 10}))

@@ -66,12 +66,12 @@ def test_a_second_training_on_the_command_line(tmp_path: Path):
         assert "Traceback" not in second.stderr
     assert first.poll() is None
     end(first)
-    with locked(tmp_path / "run"):  # which the dead one holds no longer
+    with locked(tmp_path / "run"):  # which the dead process no longer holds
         pass
 
 
 def test_a_lock_inside_the_folder_is_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where nothing can be written beside a folder, as in a container whose one writable place it is."""
+    """If nothing can be written beside a folder, as in a container where only the folder is writable."""
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (tmp_path / "run").mkdir()
     folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 1, "image_every": 0}))

@@ -1,4 +1,4 @@
-"""What tokenizers minimise: terms that begin and end, several reconstructions, weight maps, targets, and games."""
+"""The objectives of tokenizers: terms that begin and end, reconstructions, weight maps, targets, and games."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from support.tiny_runs import GAN, losses_of, tokenizer_config
 from torch import nn
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data.batches import ImageBatch
 from vistok.draws import Keys
 from vistok.nn.frozen import Frozen
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def terms_at(step: int, objective: TokenizerObjective, output: TokenizerOutput, target: torch.Tensor) -> dict:
-    return objective(output, target, Clock(step, 10), {})
+    return objective(output, target, Clock(step, 10), {}, None)  # these terms ask no tokenizer
 
 
 def outputs(**reconstructions: torch.Tensor) -> TokenizerOutput:
@@ -140,7 +140,7 @@ class Teacher(nn.Module):
 
 
 class NoisyTerm(Term):
-    """A trainable loss: latents are projected onto what a frozen teacher makes of them, with noise."""
+    """A trainable loss: latents are projected onto the output of a frozen teacher, with noise."""
 
     def __init__(self, name, config, tokenizer):
         super().__init__(name, config)
@@ -152,7 +152,7 @@ class NoisyTerm(Term):
     def training_draws(self, keys):
         return {"projection": keys.normal("projection", 3)}
 
-    def forward(self, output, target, clock, draws):
+    def forward(self, output, target, clock, draws, tokenizer):
         latents = output.features["latents"].mean(1)
         wanted = self.teacher.network.layer(latents).detach() + clock.progress * draws["projection"]
         return (self.projection(latents) - wanted).square().mean()
@@ -294,7 +294,7 @@ def test_discriminators_are_built_from_the_data_and_see_augmented_images():
     for discriminator in ({"name": "pooled", "width": 8, "norm_groups": 4, "grid": 4}, {"name": "stylegan"}):
         game = Adversary(GanConfig(1.0, discriminator=discriminator, augment={}), (3, 32, 32))
         assert game(images, -images, Keys.range(0, 4))["d_loss"].isfinite()
-        assert game.fool(images, Keys.range(0, 4)) != game.generator_loss(game.discriminator(images))
+        assert game.generator_loss(images, Keys.range(0, 4)) != game._generator_loss(game.discriminator(images))
     clips = Keys.range(0, 2).uniform("clips", 3, 4, 16, 16)
     small = {"name": "vit", "dim": 16, "num_layers": 1, "num_heads": 2}
     game = Adversary(GanConfig(1.0, discriminator=small), (3, 4, 16, 16))
@@ -314,7 +314,7 @@ def test_a_discriminator_that_draws_gets_its_numbers_by_batch():
     game.discriminator.__class__ = Cropping
     images = torch.zeros(2, 1, 16, 16)
     game(images, images, Keys(0, (3, 4), 7))
-    game(images, images, Keys(0, (5, 6), 7))  # another process's share of the same step
+    game(images, images, Keys(0, (5, 6), 7))  # the share of another process in the same step
     assert [len(uniforms) for uniforms in seen] == [3] * 4
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])

@@ -1,6 +1,6 @@
-"""Predictions of a generator's training: each loss in its textbook form on a toy, and the runs that they make.
+"""Prediction objectives of generators: each loss against its textbook form on a toy model, and runs with them.
 
-What any generator can be fed in place of the data is tested over all of them in ``test_context.py``.
+``test_context.py`` tests, for all generators, the contexts that replace the data.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from support.tiny_runs import generator_config, killed_at, losses_of, write_toke
 from torch.nn import functional as F
 
 import vistok
-from vistok.config import ConfigError
 from vistok.draws import Keys
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
@@ -119,7 +119,7 @@ def test_drawn_targets_are_later_tokens_and_their_mean_is_the_whole(model, draws
     some = ahead._next_all(model, IDS, None, CLASSES, drawn).loss.item()
     every = ahead._next_all(model, IDS, None, CLASSES, draws).loss.item()
     assert some == pytest.approx(every, rel=0.1)
-    # The last number below 1 is the last token, and 0 the position's own.
+    # The largest number below 1 gives the last token, 0 gives the position's own.
     ends = draws | {"targets": torch.full((2, 4, 1), 1 - 1e-7)}
     ahead._next_all(model, IDS, None, CLASSES, ends).loss.backward()
     reached = set(in_order(draws)[:, -1].tolist())
@@ -140,7 +140,7 @@ def test_random_predicts_hidden_tokens_from_all_others(model, draws):
         for r in (0, 1)
     ]
     assert output.loss.item() == pytest.approx(sum(rows) / 2, rel=1e-4)
-    # What is hidden changes nothing of what others are predicted from; what is seen reaches earlier places, too.
+    # Hidden tokens do not influence the predictions of others; visible ones also influence earlier positions.
     for number, reaches in ((3, False), (2, True)):
         other = IDS.clone()
         other[0, order[0, number]] = 4
@@ -152,8 +152,8 @@ def test_scheduled_sampling_feeds_the_models_own_draws_by_a_rising_share():
     model = tiny("llama", spec=TOY)
     training = objective(model, scheduled_sampling=ScheduledSampling(1.0, start=0.2, end=0.6))
     draws = training.training_draws(Keys.range(0, 2), model)
-    assert training.context(model, IDS, CLASSES, Clock(2, 10), draws) is None  # share 0: the data alone
-    context = training.context(model, IDS, CLASSES, Clock(6, 10), draws)  # share 1: its own draws alone
+    assert training.context(model, IDS, CLASSES, Clock(2, 10), draws) is None  # share 0: only the data
+    context = training.context(model, IDS, CLASSES, Clock(6, 10), draws)  # share 1: only its own draws
     probs = model.logits(IDS, CLASSES).softmax(-1)
     cumulative = probs.cumsum(-1)
     for row in range(2):
@@ -173,7 +173,7 @@ def test_sub_tokens_are_drawn_one_after_another():
     draws = training.training_draws(Keys.range(0, 2), model)
     assert draws["own"].shape == (2, 4, 2)
     context = training.context(model, IDS, CLASSES, Clock(10, 10), draws)
-    first, second = model.part_predictions(context, CLASSES, context=IDS)  # the second sees the first that was drawn
+    first, second = model.part_predictions(context, CLASSES, context=IDS)  # the second sees the drawn first
     for part, logits, numbers in zip(model.split_ids(context), (first, second), draws["own"].unbind(-1)):
         cumulative = logits.softmax(-1).cumsum(-1)
         assert torch.equal(part, (cumulative <= numbers[..., None]).sum(-1))
@@ -228,7 +228,7 @@ def test_a_run_of_all_predictions_is_saved_without_their_parts_and_resumed_exact
     [
         ({"next": 0.5}, "add up to 1; at the beginning they are next 0.5, next_all 0, random 0, 0.5 in all"),
         ({"next": [1.0, 0.5]}, "at the end they are next 0.5"),
-        ({"next": 1.5, "random": -0.5}, "must be positive"),
+        ({"next": 1.5, "random": -0.5}, "must be 0 or more and add up to 1"),
         ({"masked": 0.0}, r"masked must lie in \(0, 1\]"),
         ({"token_noise": 1.0}, r"token_noise must lie in \[0, 1\)"),
         ({"scheduled_sampling": {"share": 2.0}}, r"share must lie in \[0, 1\], got 2"),

@@ -1,4 +1,4 @@
-"""The page of a training run, its reference curve, and what else a run says of itself."""
+"""The report of a training run, its reference curve, and the other records of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.tiny_runs import generator_config, killed_at, tokenizer_config, wri
 
 import vistok
 from vistok.cli import main
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import curve_file, reference_curve

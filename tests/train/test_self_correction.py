@@ -1,4 +1,4 @@
-"""Bitwise self-correction: a tokenizer of bits in scales, a cache of what they are made of, and a VAR that reads it."""
+"""Bitwise self-correction: a tokenizer of bits in scales, a cache of its latents, and a VAR that reads the cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from support.tiny_runs import generator_config, losses_of, tokenizer_config
 from torch.nn import functional as F
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import Affine, DataConfig
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
 from vistok.generators.var import VAR
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.tokenize import tokenize
 

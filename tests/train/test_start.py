@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_models import tiny
 from support.tiny_runs import GAN, losses_of, tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
-from vistok.train import train
+from vistok.signatures import ConfigError
+from vistok.train import start, train
+from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 
 STILL = {"optimizer": {"lr": 0.0}, "training": {"max_steps": 1, "image_every": 0}}
-"""A run that leaves its weights as they are."""
+"""A run that does not change its weights."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,8 +189,28 @@ def test_a_player_has_an_optimizer_schedule_and_clipping_of_its_own(tmp_path):
         train(tokenizer_config(tmp_path / "other", losses={"gan": gan}, players={"critic": {}}))
 
 
+def test_a_player_of_another_schedule_takes_over_only_the_keys_that_this_reads(tmp_path):
+    schedule = {"name": "cosine", "warmup_steps": 2, "final_lr": 1e-5}
+    constant = {"players": {"adversary": {"lr_scheduler": {"name": "constant"}}}, "lr_scheduler": schedule}
+    player = RunConfig.parse(tokenizer_config(tmp_path / "run", **constant)).player("adversary").lr_scheduler
+    assert (player.name, player.warmup_steps, player.final_lr) == ("constant", 2, None)
+    still = {"players": {"adversary": {"optimizer": {"lr": 0.0}}}, "lr_scheduler": schedule}
+    with pytest.raises(ConfigError, match=r"players\.adversary: .* because optimizer\.lr is 0"):
+        RunConfig.parse(tokenizer_config(tmp_path / "run", **still)).player("adversary")
+
+
+def test_a_model_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(start, "load", lambda path: fetched.append(path) or tiny("vit_vqgan"))
+    config, found = start.with_model_of_source(tokenizer_config(tmp_path) | {"model": {}, "init_from": "some/where"})
+    (source,) = start.open_starts(RunConfig.parse(config), found)
+    assert fetched == ["some/where"]
+    assert source.weights().keys() == tiny("vit_vqgan").state_dict().keys()
+    assert not found  # so that the weights are freed when they are loaded
+
+
 def resumed(folder, caplog, **changes) -> list[float]:
-    """The losses of a run of six steps that was begun with another config."""
+    """The losses of a run of six steps that started with another config."""
     caplog.clear()
     with caplog.at_level("WARNING", logger="vistok"):
         return losses_of(train(tokenizer_config(folder, **changes), resume=True))

@@ -1,4 +1,4 @@
-"""What is saved of a module and its optimizer, and what of it another run takes."""
+"""The saved states of a module and its optimizer, and what another run takes from them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_template_takes_one_of_several_given_images(cache, tmp_path):
     two = ConditionSpec(ids=IdSpec(16, 5), given=IdSpec(8, 8))
     with TokenWriter(tmp_path / "two", asdict(SPEC), "abc", condition=two) as writer:
         tokens = torch.zeros(2, 1, 4, dtype=torch.int64)
-        given = [[Piece(np.array([1] * 4 + [2] * 4), 8)], [Piece(np.array([3] * 4), 4)]]  # the other has one alone
+        given = [[Piece(np.array([1] * 4 + [2] * 4), 8)], [Piece(np.array([3] * 4), 4)]]  # the second has only one
         texts = [[Piece(np.array([5]), 1)]] * 2
         writer.write(tokens, torch.full((2,), -1), {"ids": texts, "given": given})
     chain = "begin begin_image given:1 end_image answer begin_image* given:0* end_image* answer tokens*"
@@ -79,7 +79,7 @@ def test_a_template_takes_one_of_several_given_images(cache, tmp_path):
     first, second = [IMAGE + 1] * 4, [IMAGE + 2] * 4
     marks = [BEGIN, BEGIN_IMAGE], [END_IMAGE, ANSWER, BEGIN_IMAGE], [END_IMAGE, ANSWER]
     assert one == [*marks[0], *second, *marks[1], *first, *marks[2], *[IMAGE] * 4]
-    assert other == [*marks[0], *[IMAGE + 3] * 4, *marks[1], *marks[2], *[IMAGE] * 4]  # what is missing is left out
+    assert other == [*marks[0], *[IMAGE + 3] * 4, *marks[1], *marks[2], *[IMAGE] * 4]  # the missing image is left out
     assert reader.given_length == 4
     assert StreamBatches(TokenCache(tmp_path / "two"), {"edit": 1.0}).given_length == 8
     with pytest.raises(TokenCacheError, match=r"wants given:1, and .* has 1 given images of each sample"):
@@ -197,7 +197,7 @@ def test_a_template_chooses_among_several_texts(tmp_path):
     image = [BEGIN_IMAGE, *[IMAGE] * 4]
     assert rows(batch) == [
         [BEGIN, 3, 3, 3, ANSWER, *image, BEGIN, 1, 1],
-        [BEGIN, ANSWER, *image, BEGIN, 4],  # it has one text alone
+        [BEGIN, ANSWER, *image, BEGIN, 4],  # it has only one text
     ]
     asked = reader.prompts(np.arange(2))
     assert asked.ids[0].tolist() == [0, 0, 3, 3, 3]

@@ -1,6 +1,8 @@
-"""Terms that ask frozen networks, the two stages of TiTok, and the perturbation of latents in a run."""
+"""Losses with frozen networks, the two stages of TiTok, and the perturbation of latents in a run."""
 
 from __future__ import annotations
+
+import copy
 
 import huggingface_hub
 import pytest
@@ -10,12 +12,13 @@ from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.losses import ClassifierDistance, SemanticGuide
 from vistok.quantizers.perturbation import Perturbation
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks import teachers
+from vistok.train.tasks.objective import TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
 
 CODEC = ARGUMENTS["titok"]["codec"]
@@ -68,7 +71,7 @@ def test_second_stage_starts_from_the_first_and_the_codec_and_trains_the_decoder
             assert torch.equal(value, before[key]), key
     changed = [key for key in before if key in after and not torch.equal(after[key], before[key])]
     assert any(key.startswith("decoder.") for key in changed)
-    # It is near where it started: at the codec, and not at weights of its own.
+    # It stays near its start, the codec's weights; it does not start from random ones.
     torch.testing.assert_close(
         after["renderer.decoder.conv_in.weight"], parts["decoder.conv_in.weight"], atol=0.02, rtol=0
     )
@@ -138,14 +141,26 @@ def test_the_semantic_term_projects_as_the_tokenizer_does_or_by_itself(name, mon
     from timm.models.vision_transformer import VisionTransformer
 
     guide = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    monkeypatch.setattr(SemanticGuide, "from_config", lambda *_: SemanticGuide(guide))
+    monkeypatch.setattr(SemanticGuide, "from_config", lambda *_, **__: SemanticGuide(guide))
     model = tiny(name)
     term = teachers.SemanticContrastTerm("semantic_contrast", teachers.SemanticContrastConfig(weight=0.1), model)
     assert bool(list(term.parameters())) == (name == "vit_vqgan")
     images = torch.rand(3, 3, 16, 16) * 2 - 1
-    loss = term(model(images), images, None, {})
+    loss = term(model(images), images, None, {}, model)
     loss.backward()
     assert loss.item() > 0
+    averaged = copy.deepcopy(model)
+    if name == "robustok":  # its own projection, not the trained tokenizer's
+        averaged.project_semantic = lambda features: -model.project_semantic(features)
+    other = term(model(images), images, None, {}, averaged).item()
+    assert (other == loss.item()) == (name == "vit_vqgan")
+
+
+def test_absent_weights_of_the_semantic_contrast_are_named_by_their_key(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"")
+    section = {"weight": 1.0, "encoder": {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "cut.safetensors")}}
+    with pytest.raises(CheckpointError, match=r"by losses\.semantic_contrast\.encoder\.weights"):
+        TokenizerObjective(tiny("vit_vqgan"), {"semantic_contrast": section})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

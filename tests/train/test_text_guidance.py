@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,6 @@ from support.tiny_text import save_tiny_clip, save_tiny_t5
 from typer.testing import CliRunner
 
 from vistok.cli import app
-from vistok.config import ConfigError
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.eval.networks import CallableNetwork
@@ -21,12 +24,14 @@ from vistok.pipelines.evaluations import score_tokenizer
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import conditions_of, text_of_run
-from vistok.probing import ProbeSettings, probe
+from vistok.probing import ProbeSettings, compare, probe
+from vistok.signatures import ConfigError
 from vistok.text import TextError, open_text_encoder
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.tokenizer import TokenizerTask
+from vistok.utils.files import read_json
 from vistok.utils.processes import Processes
 
 VIT = {"dim": 16, "num_layers": 1, "num_heads": 2}
@@ -96,7 +101,7 @@ def test_it_learns_from_the_text(clip, tmp_path):
     before = load_tokenizer(run)
     rows = read_metrics(run / "metrics.jsonl")
     assert len(rows) == 2
-    # The text's layer was trained: it gets a gradient only where texts come in.
+    # The text layer was trained: it gets a gradient only if there are texts.
     without = load_tokenizer(train(config(tmp_path / "without", clip, text=None)))
     assert not torch.equal(before.text.projection.weight, without.text.projection.weight)
 
@@ -157,6 +162,11 @@ def test_distances_and_probes_read_them_too(run, tmp_path):
         for name, overrides in (("with", ()), ("without", ("text=null",)))
     ]
     assert psnr[0] != psnr[1]
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    compare([str(run), str(again)], tmp_path / "compared", settings=settings)
+    texts = read_json(tmp_path / "compared" / "plan.json")["texts"]
+    assert texts[0] == texts[1] == json.loads(json.dumps(asdict(text_of_run(run, tokenizer))))
 
 
 def test_what_says_nothing_of_its_texts_is_not_scored_without_them(run, clip, tmp_path):

@@ -1,4 +1,4 @@
-"""The token cache: what goes in comes out, and nothing else is accepted."""
+"""The token cache: reading gives what was written, and other content is refused."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_failed_writes_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)
-    for count in (3, 23):  # on leaving, and while writing
+    for count in (3, 23):  # the disk is full at the end, and while writing
         with pytest.raises(OSError, match="No space left"):
             write_cache(tmp_path / "b", count=count)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Tokenizing a data set: which views, in which order, with what beside them."""
+"""Tokenizing a data set: the views, their order, and what is stored beside them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from PIL import Image
 from support.tiny_runs import generator_config
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import (
     Affine,
     DataConfig,
@@ -30,6 +29,7 @@ from vistok.data import (
 )
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
+from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.train.config import RunConfig
@@ -258,7 +258,7 @@ def test_unreadable_images_count_over_interruptions(many, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens")
     for _ in range(2):  # once more when all shards are there
-        with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 121 images .*030\.png.*090\.png") as caught:
+        with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 121 samples .*030\.png.*090\.png") as caught:
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens", resume=True)
         assert "remove" in caught.value.__notes__[0]
         assert "--resume" not in caught.value.__notes__[0]
@@ -275,7 +275,7 @@ def test_unreadable_images_count_over_processes(many, tmp_path, monkeypatch):
         try:
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens", processes=Processes(index, 2))
         finally:
-            barrier.abort()  # as a launcher ends all processes when one fails
+            barrier.abort()  # as a launcher does with all processes when one fails
 
     with ThreadPoolExecutor() as pool:
         errors = [future.exception() for future in [pool.submit(run, index) for index in range(2)]]
@@ -295,7 +295,7 @@ def small_shards(monkeypatch):
 
 
 def interrupt_at(patch, count: int) -> None:
-    """Let the encoder die, once it has seen so many batches."""
+    """Let the encoder fail after so many batches."""
     encode, seen = ViTVQGAN.encode, []
 
     def dies(self, pixels, **options):

@@ -1,4 +1,4 @@
-"""The training loop: resume, refusals, divergence, what a run leaves behind."""
+"""The training loop: resume, refusals, divergence, the files of a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from support.tiny_runs import (
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data import TokenCacheError
+from vistok.signatures import ConfigError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingDivergedError, train
 from vistok.train.checkpoints import Checkpoints
@@ -56,7 +56,7 @@ def test_run_folder(tmp_path):
 def test_resume_continues_the_same_curve(tmp_path, losses):
     whole = train(tokenizer_config(tmp_path / "whole", losses=losses))
     config = tokenizer_config(tmp_path / "part", losses=losses)
-    # Stop after four steps without a checkpoint there, as a killed process would: the newest one is of step 3.
+    # Stop after step 4 without a checkpoint, as a killed process would: the newest one is of step 3.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
         with pytest.raises(KeyboardInterrupt):
@@ -79,7 +79,7 @@ def test_only_the_first_process_writes_into_the_run_folder(tmp_path, monkeypatch
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     before = files()
-    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)  # as another one, beside the first
+    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)  # as another process, beside the first
     train(config, resume=True)
     assert files() == before
 
@@ -288,6 +288,27 @@ def test_rates_fall_at_milestones():
     for name, milestones in (("steps", ()), ("steps", (6, 4)), ("cosine", (4,))):
         with pytest.raises(ValueError, match=r"milestones are the rising steps .* got \["):
             SchedulerConfig(name, milestones=milestones)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "exponential"}, "never falls to 0: set final_factor or final_lr above 0"),
+        ({"name": "exponential", "final_lr": 0.0}, "never falls to 0"),
+        (
+            {"name": "constant", "final_lr": 1e-5},
+            r"final_lr 1e-05 has no effect on .* 'constant': leave it out \(final_lr=null\)",
+        ),
+        ({"name": "steps", "milestones": (4,), "final_lr": 1e-5}, "has no effect on the schedule 'steps'"),
+        ({"name": "cosine", "hold": 0.1}, "hold 0.1 has no effect .* choose linear or exponential by name"),
+        ({"name": "linear", "bend": 0.3}, "bend 0.3 has no effect on the schedule 'linear'"),
+        ({"name": "cosine", "decay_share": 0.5}, "decay_share 0.5 has no effect"),
+        ({"name": "cosine", "final_lr": -1e-5}, "final_lr must be at least 0"),
+    ],
+)
+def test_schedules_refuse_what_they_cannot_follow(options, message):
+    with pytest.raises(ValueError, match=message):
+        SchedulerConfig(**options)
 
 
 def test_a_rise_may_begin_anywhere_and_a_tail_fall_by_a_shape():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -9,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from support.tiny_models import ARGUMENTS, names, tiny, training_loss
 from support.tiny_runs import GAN, TINY, generator_config, losses_of, tokenizer_config, write_tokens
 
 from vistok.cli import main
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
 from vistok.nn.conv import ResBlock
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
+from vistok.train.loop import Trainer
 from vistok.train.monitor import Console, MetricsFile, read_metrics
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
@@ -48,7 +52,9 @@ def test_activation_checkpointing_recomputes_blocks():
     calls = []
     model = torch.nn.Sequential(ResBlock(8, 8, norm_groups=4), torch.nn.Conv2d(8, 8, 1))
     model[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    keys = list(model.state_dict())
     checkpoint_activations(model)
+    assert list(model.state_dict()) == keys
     model(torch.zeros(1, 8, 4, 4)).sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
@@ -56,6 +62,18 @@ def test_activation_checkpointing_recomputes_blocks():
     assert len(calls) == 3
     with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
         checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+def test_a_copy_of_a_checkpointed_model_calls_its_own_blocks():
+    model = torch.nn.Sequential(ResBlock(8, 8, norm_groups=4))
+    checkpoint_activations(model)
+    other, images = copy.deepcopy(model), torch.randn(1, 8, 4, 4)
+    before = model(images)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(model(images), before)
+    assert torch.equal(other(images), images)  # a residual block of zeros
 
 
 def test_a_compiled_model_trains_like_a_plain_one(tmp_path, monkeypatch):
@@ -170,6 +188,18 @@ def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):
     )
     profile(tokenizer_config(tmp_path / "run", losses={"gan": GAN | {"start_step": 1000}}))
     assert steps == list(range(1000, 1007))
+
+
+def test_a_profile_that_fails_ends_its_trackers(tmp_path, monkeypatch):
+    def stop(self, batches):
+        raise RuntimeError("out of memory")
+
+    ended = []
+    monkeypatch.setattr(Trainer, "optimise", stop)
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(self))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        profile(tokenizer_config(tmp_path / "run"))
+    assert len(ended) == 1
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path):

@@ -1,4 +1,4 @@
-"""Held-out samples: measured at every checkpoint, with the weights that are saved, the same way each time."""
+"""Held-out samples: measured at every checkpoint, with the saved weights, in the same way each time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.cli import app
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
 from vistok.data import DataConfig, TokenCacheError, TokenWriter
 from vistok.data.clip_sources import SelectedClips
 from vistok.data.loader import TooManyUnreadableError
@@ -30,6 +30,7 @@ from vistok.data.tokens import TokenCache
 from vistok.data.video_files import VideoSource
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
@@ -87,7 +88,7 @@ def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tok
 
 
 def test_held_out_batches_of_a_generator_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
-    """MAR draws one share of masked tokens per batch: one for all would measure a single task."""
+    """MAR draws one masked share per batch: with one share for all batches, only one task would be measured."""
     from vistok.generators.llama import Llama
 
     draw, drawn = Llama.training_draws, []
@@ -154,7 +155,7 @@ def test_a_checkpoint_from_before_validation_is_not_exported_as_the_best(tmp_pat
 
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(tokenizer_config("best"))  # a run that is called so is another thing
+    train(tokenizer_config("best"))  # a run may also be called "best"
     assert data_of_run("best", [], input_shape=(3, 8, 8)).source == "digits"
     train(tokenizer_config("run", validation=HELD_OUT))
     for command in (
@@ -361,7 +362,7 @@ def test_too_many_unreadable_held_out_images_end_a_run_that_is_saved(tmp_path):
     (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
     held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
     config = tokenizer_config(tmp_path / "run", validation=held_out)
-    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 images .*007\.png") as caught:
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 samples .*007\.png") as caught:
         train(config)
     assert "held-out images; what was trained is saved" in caught.value.__notes__[0]
     assert "step-0000003" in caught.value.__notes__[0]

@@ -15,11 +15,12 @@ from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.draws import Keys
-from vistok.losses import Alignment, EncoderConfig, alignment_distance
+from vistok.losses import EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
@@ -68,7 +69,7 @@ def efficientnet_weights(tmp_path_factory) -> str:
     """Random weights under the package's names."""
     torch.manual_seed(0)
     state = timm.create_model("tf_efficientnet_lite0").state_dict()
-    # timm's tensors lie in the package's order.
+    # timm's tensors are in the package's order.
     path = tmp_path_factory.mktemp("efficientnet") / "weights.pth"
     torch.save(dict(zip(package_names(), state.values(), strict=True)), path)
     return str(path)
@@ -132,9 +133,9 @@ def test_other_rasters_are_resized():
 
 
 def test_gradients_reach_the_features_alone(weights):
-    alignment = Alignment(EncoderConfig(ENCODER, weights, image_size=32))
+    encoder = FrozenEncoder(EncoderConfig(ENCODER, weights, image_size=32))
     features, images = torch.randn(2, 4, DIM, requires_grad=True), torch.rand(2, 3, 32, 32, requires_grad=True)
-    alignment(features, images).sum().backward()
+    alignment_distance(features, encoder(images)).sum().backward()
     assert features.grad.abs().sum() > 0
     assert images.grad is None
 
@@ -291,7 +292,7 @@ def test_semantic_regularisation_reaches_the_feature_and_trains_its_head(efficie
     encoder = {"name": "efficientnet_lite0", "weights": efficientnet_weights, "image_size": 64}
     objective = TokenizerObjective(model, {"semantic": {"weight": 1.0, "encoder": encoder}})
     images = pixels(model)
-    terms = objective(model(images), images, Clock(0, 1), {})
+    terms = objective(model(images), images, Clock(0, 1), {}, model)
     objective.total(terms).backward()
     head = objective.terms["semantic"].head
     assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
@@ -308,7 +309,7 @@ def test_two_teachers_teach_two_features_where_patches_were_masked(efficientnet_
     losses = {name: {"weight": 1.0, "feature": feature, "encoder": encoder} for name, feature in sections.items()}
     objective, images = TokenizerObjective(model, losses), pixels(model)
     output = model(images, draws=model.training_draws(Keys.range(0, 3)))
-    terms = objective(output, images, Clock(0, 1), {})
+    terms = objective(output, images, Clock(0, 1), {}, model)
     assert terms.keys() == sections.keys()
     assert sorted(objective.frozen()) == ["low_level_encoder", "semantic_encoder"]
     objective.total(terms).backward()

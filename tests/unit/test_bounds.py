@@ -20,7 +20,7 @@ MEMORY = 2**26
 
 
 class Allocations(TorchFunctionMode):
-    """Remembers the largest tensor with numbers that a function of torch gave."""
+    """Records the largest tensor with values that a torch function returned."""
 
     largest = 0
 
@@ -72,7 +72,7 @@ def test_counts_have_a_bound(word: str):
 
 
 class Table(nn.Module):
-    """Reads numbers while it is built, and holds a buffer."""
+    """Reads tensor values while it is built, and holds a buffer."""
 
     def __init__(self, size: int, read: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bits of growing grids, and what learns from them."""
+"""Bits on grids of growing size, and training on them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ def test_strengths_are_hundredths_of_one_draw_for_the_batch():
     assert drawn.shape == (300, 3)
     assert set((drawn[:, :2] * 100).round().long().flatten().tolist()) == set(range(31))
     assert not drawn[:, 2].any()
+
+
+def test_strengths_depend_on_no_sample():
+    draws = [MultiScaleBSQ(2, SCALES).correction_draws(Keys.of(0, indices, step=4)) for indices in ([5, 7], [7, 9, 5])]
+    assert (torch.cat([one["strengths"] for one in draws]) == draws[0]["strengths"][0]).all()
+    assert torch.equal(draws[0]["flips"][1], draws[1]["flips"][0])
+    other = MultiScaleBSQ(2, SCALES).correction_draws(Keys.of(0, [5], step=5))
+    assert not torch.equal(other["strengths"][0], draws[0]["strengths"][0])
 
 
 def test_neighbours_go_together_channels_first():

@@ -1,4 +1,4 @@
-"""Cautious sampling: best of several continuations where the model is unsure, and plain sampling where it is not."""
+"""Cautious sampling: the best of several continuations if the model is unsure, else plain sampling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.types import TokenSpec
 
 SURE = math.log(32) - 1e-3
-"""Nearly the entropy of equally likely ids: it is not exceeded."""
+"""Nearly the entropy of equally likely ids, so it is never exceeded."""
 PLAIN = DecodingOptions(temperature=1.0)
 ALWAYS = DecodingOptions(decoding="cautious", entropy_threshold=0.0, trials=3)
 
@@ -38,7 +38,7 @@ def test_where_nothing_is_tried_it_is_plain_sampling_to_the_bit(model, changes):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_of_each_row_the_likeliest_continuation_is_kept(model, scale):
-    """Against a loop over the textbook: whole prefixes are fed anew, and every continuation is scored."""
+    """Against a textbook loop that feeds whole prefixes anew and scores every continuation."""
     condition, options = labels(3), replace(ALWAYS, guidance_scale=scale)
     draws = model.sampling_draws(Keys.range(0, 1), options)
     numbers = torch.cat([draws["ids"][..., None], draws["trials"]], 2)[0]  # (L, trials)

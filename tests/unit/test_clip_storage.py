@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from vistok.config import ConfigError
 from vistok.data.clip_shards import ClipShardSource
+from vistok.data.clip_sources import InMemoryClips, SelectedClips
 from vistok.data.clips import ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.decoded_clips import DecodedClips
 from vistok.data.loader import evaluation_loader, training_loader
 from vistok.data.movies import mp4_bytes
 from vistok.data.opening import open_source
-from vistok.data.video_files import folder_videos
+from vistok.data.video_files import VideoSource, folder_videos
 from vistok.data.videos import UnreadableClipError
+from vistok.signatures import ConfigError
 
 pytest.importorskip("av")
 
@@ -62,6 +63,16 @@ def config(**changes) -> DataConfig:
 
 def batches(data: DataConfig, loader=evaluation_loader) -> list:
     return list(loader(open_source(data), data))
+
+
+def test_clips_keep_their_captions_however_they_are_stored(shards):
+    class Captioned(VideoSource):
+        def captions(self, index: int) -> tuple[str, ...]:
+            return (f"clip {index}",)
+
+    source = Captioned(folder_videos(shards / "folder").paths[:2], [0, 0])
+    stored = InMemoryClips(source), DecodedClips(source, ClipTransform(4, 16)), SelectedClips(source, [1, 0])
+    assert [clips.captions(1) for clips in stored] == [("clip 1",), ("clip 1",), ("clip 0",)]
 
 
 def test_shards_of_videos_read_as_a_folder_of_them(shards):

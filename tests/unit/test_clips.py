@@ -32,7 +32,7 @@ CODECS = {".mp4": "libx264", ".avi": "mpeg4", ".webm": "libvpx", ".gif": "gif"}
 
 
 def grey(number: int, size: tuple[int, int] = (32, 48)) -> np.ndarray:
-    """A frame (H, W, 3) that tells its number by its brightness."""
+    """A frame (H, W, 3) whose brightness encodes its number."""
     return np.full((*size, 3), 10 + 12 * number, np.uint8)
 
 
@@ -52,7 +52,7 @@ def write_video(path: Path, count: int = 18, size: tuple[int, int] = (32, 48), t
 
 
 def numbers(frames: np.ndarray) -> list[int]:
-    """Which frames these are, by their brightness."""
+    """The numbers of these frames, by their brightness."""
     return [round((float(frame.mean()) - 10) / 12) for frame in frames]
 
 
@@ -353,7 +353,7 @@ def test_splits_of_folders_of_videos(tmp_path):
 
 
 class FakeVideoDecoder:
-    """torchcodec's decoder as far as it is called, by PyAV."""
+    """The part of torchcodec's decoder that vistok calls, implemented by PyAV."""
 
     counts_wrongly = False
 

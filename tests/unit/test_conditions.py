@@ -1,4 +1,4 @@
-"""Conditions: named parts, what is dropped of them, and the spec that they are checked against."""
+"""Conditions: named parts, dropping them, and the spec that they are checked against."""
 
 from __future__ import annotations
 

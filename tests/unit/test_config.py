@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistok.config import ConfigError, check, load_config, nearest, save_config
+from vistok.config import load_config, save_config
+from vistok.signatures import ConfigError, check
+from vistok.utils.spelling import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def test_check_converts_what_yaml_cannot_write():
         "folder": "a/b",
         "weights": {"l2": 1},
         "size": [1, 2],
-        "precision": False,  # what YAML makes of a bare no
+        "precision": False,  # YAML reads a bare no as False
     }
     checked = check(Model, values, "model")
     assert checked["jitter"] == Jitter(degrees=3.0)

@@ -1,4 +1,4 @@
-"""Damaged files: whatever is wrong with one, an error of vistok names it; nothing else gets out."""
+"""Damaged files: for every damage, a vistok error names the file; no other error is raised."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from support.tiny_models import tiny
 from support.tiny_runs import tokenizer_config, write_tokens
 
 from vistok.checkpoints import CheckpointError, convert, from_official, load, read_weights
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data.tokens import TokenCache, TokenCacheError
 from vistok.eval.benchmark import RESULT_FILE, _earlier
 from vistok.eval.plan import BenchmarkError
 from vistok.pipelines.folders import read_settings
+from vistok.signatures import ConfigError
 from vistok.train.config import RunConfig
 
 

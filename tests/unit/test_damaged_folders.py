@@ -1,4 +1,4 @@
-"""Damaged pipelines, runs, token caches and references: whatever is wrong, an error of vistok names the file."""
+"""Damaged pipelines, runs, token caches and references: for every damage, a vistok error names the file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from support.tiny_runs import tokenizer_config, write_tokens
 
 from vistok import pipeline
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data.tokens import TokenCache, TokenCacheError
 from vistok.eval.images import ImageError
 from vistok.eval.references import InvalidReferenceError, open_reference
 from vistok.pipelines import Pipeline
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError
 from vistok.text import TextError
 from vistok.train.checkpoints import BEST, Checkpoints
 from vistok.train.monitor import read_metrics
@@ -49,7 +49,7 @@ def test_pipelines(saved: Path, tmp_path_factory: pytest.TempPathFactory, name: 
     shutil.copytree(saved, folder)
     path = folder / name
     path.write_bytes(damage(path.read_bytes()))
-    # What does not go together is no fault of one file: a ValueError tells the parts.
+    # If parts do not fit each other, no single file is wrong: a ValueError names the parts.
     outcome(lambda: pipeline(folder), (CheckpointError, ValueError), "")
 
 

@@ -416,7 +416,7 @@ def test_workers_end_with_their_loader(folder: Path):
     next(iter(loader))
     gone = weakref.ref(loader)
     del loader
-    assert gone() is None  # at once, not when the garbage collector comes by
+    assert gone() is None  # at once, not at the next garbage collection
 
 
 def test_state_of_other_data_is_refused(folder: Path):
@@ -483,7 +483,7 @@ def test_a_process_whose_whole_batch_is_unreadable_stays_in_step(tmp_path: Path)
     source, settings = open_folder(root), config(batch_size=1, seed=1)
     pair = [training_loader(source, settings, rank=rank, world_size=2) for rank in range(2)]
     seen = [[batch.indices.tolist() for batch in loader] for loader in pair]
-    for position in (99, 50):  # the second one's; after the last comes the first
+    for position in (99, 50):  # positions of the second process; the first follows the last
         damaged = source.name(seen[1][position][0])
         (root / damaged).write_bytes(b"no image")
         again = training_loader(source, settings, rank=1, world_size=2)
@@ -503,7 +503,7 @@ def test_examples_of_a_source_step_over_damaged_files(tmp_path: Path):
     source, settings = open_folder(root), config(**AUGMENTED)
     whole = example_batch(source, settings).pixels
     assert whole.shape == (8, 3, 8, 8)
-    for number in (25, 150):  # the first of the second and of the seventh part
+    for number in (25, 150):  # the first images of the second and seventh parts
         (root / "ant" / f"{number:03d}.png").write_bytes(b"no image")
     examples = example_batch(source, settings).pixels
     loaded = by_index(evaluation_loader(source, settings))

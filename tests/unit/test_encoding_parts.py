@@ -1,4 +1,4 @@
-"""What each tokenizer names as the parts that its tokens depend on."""
+"""The parts that each tokenizer names as those that its tokens depend on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_tokens_depend_on_nothing_else(name):
 
 @pytest.mark.parametrize("name", RENDERING)
 def test_pixels_of_given_tokens_do_not_depend_on_them(name):
-    """But for the codes: what decoding alone reads is left to be trained."""
+    """Decoding reads no encoding part but the codes; all else that it reads stays trainable."""
     tokenizer = tiny(name)
     with torch.no_grad():
         tokens = tokenizer.encode(pixels(tokenizer))

@@ -1,4 +1,4 @@
-"""Folders and files that are replaced whole, whenever a process is killed; and one writer for a folder."""
+"""Folders and files are replaced whole, even if a process is killed; a folder has one writer."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_living_owner_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize("how", [(), ("fork",)])
 def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
-    """Even if a process that it has started, such as one that reads data, lives on with its files."""
+    """Even if a child process, such as a data worker, lives on with its open files."""
     process = holder(tmp_path / "run", *how)
     process.kill()
     process.wait(timeout=SECONDS)
@@ -184,7 +184,7 @@ def test_of_another_host_nothing_is_assumed(tmp_path: Path):
 
 def test_a_killed_owner_that_nobody_has_waited_for_is_dead(tmp_path: Path):
     process = holder(tmp_path / "run", "fork")
-    process.kill()  # and not waited for: it stays in the system's table
+    process.kill()  # and not waited for: it stays a zombie
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with locked(tmp_path / "run"):
         pass
@@ -223,7 +223,7 @@ def test_a_pid_that_is_somebody_else_s_by_now_holds_nothing(tmp_path: Path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the beginning of a process is told by the clock")
 def test_setting_the_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """psutil tells when a process began as the clock says now that the machine did."""
+    """psutil derives the start time of a process from the boot time by the present clock."""
     create_time = psutil.Process.create_time
     with held(tmp_path / "run"):
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
@@ -332,3 +332,17 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path):
         raise KeyError
     with locked(tmp_path / "run"):
         pass
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "names.json").write_bytes('["Löwe"]'.encode())
+    ask = "import sys; from vistok.utils.files import read_json; print(ascii(read_json(sys.argv[1])))"
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", ask, tmp_path / "names.json"],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout.strip() == r"['L\xf6we']", told.stderr

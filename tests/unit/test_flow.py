@@ -123,7 +123,7 @@ def test_states_carry_the_direction_of_their_step(solver):
     x = start = torch.ones(2, 3)
     for t, state in zip(times, solver(lambda x, t: x * (1 + t), start, times)):
         torch.testing.assert_close(state.x, x + (state.t - t) * state.velocity)
-        # Where the step would have gone, had it gone all the way.
+        # The data estimate is the end of a step to t = 1.
         torch.testing.assert_close(path.data_estimate(state.x, state.velocity, state.t), x + (1 - t) * state.velocity)
         x = state.x
 

@@ -1,4 +1,4 @@
-"""Files that others wrote give values, and do nothing: no commands, no environment, no pickles."""
+"""Files from others only give values: no commands, no environment, no pickles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from vistok.cli import main
-from vistok.config import Allowed, ConfigError, ShellCommand, load_config, override, save_config
+from vistok.config import Allowed, load_config, override, save_config
 from vistok.data import DataConfig, open_source
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError, ShellCommand
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train.tasks import any_config
 
@@ -47,7 +48,7 @@ def write(run: Path, **data: object) -> None:
 
 
 def stopped(*arguments: str, capsys: pytest.CaptureFixture) -> str:
-    """What a command prints that must fail with one message."""
+    """Run a command that must fail with one message; return the message."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -183,7 +184,7 @@ def test_pickles_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_door_of_the_command_line_is_closed(tmp_path: Path):
-    """A file name with a shell's signs, and sampling options with references, are texts."""
+    """A file name with shell characters, and sampling options with references, stay plain text."""
     done = subprocess.run(
         [sys.executable, "-m", "vistok", "sample", "run", "--out", "$(touch owned)", "top_k=${oc.env:HOME}"],
         capture_output=True,

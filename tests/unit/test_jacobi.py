@@ -214,7 +214,7 @@ def test_drafts_from_the_target_itself_are_all_accepted_and_impossible_ones_neve
 
 
 def test_every_row_commits_on_its_own_and_keeps_its_distribution():
-    # Where all rows of a batch commit as few as the least one, accepted drafts are tested twice: .668, .313, .019 here.
+    # If all rows commit as few tokens as the slowest row, accepted drafts are tested twice: .668, .313, .019 here.
     p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
     count = 200_000
     generator = torch.Generator().manual_seed(0)

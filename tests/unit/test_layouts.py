@@ -1,4 +1,4 @@
-"""Entity layouts: what they promise for any grid and any entity."""
+"""Entity layouts: properties that hold for any grid and any entity."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_coordinates_follow_the_tokens(drawn):
 
 
 def extents(layout) -> set[tuple[int, ...]]:
-    """(rows, columns) of the rectangles that the entities lie in."""
+    """(rows, columns) of the bounding rectangles of the entities."""
     parts = [layout.coordinates[start:stop] for start, stop in pairwise(layout.bounds)]
     return {tuple((part.amax(0) - part.amin(0) + 1).int().tolist()) for part in parts}
 

@@ -101,7 +101,7 @@ def test_entropy_is_lowest_for_sure_positions_that_use_all_codes():
 @settings(max_examples=10, deadline=None)
 def test_gradients_push_each_side_the_right_way(kind, seed):
     generator = torch.Generator().manual_seed(seed)
-    # Between the targets, where no game is saturated.
+    # Logits between the targets, where no loss is saturated.
     real, fake = ((torch.rand(6, generator=generator) * 1.8 - 0.9).requires_grad_() for _ in range(2))
     loss = DiscriminatorLoss(kind)(real, fake)
     assert loss.ndim == 0
@@ -154,7 +154,7 @@ def test_lecam_by_hand_for_both_orders():
     for module in (after, before):
         assert torch.allclose(module.average_real, torch.tensor(0.2))
         assert torch.allclose(module.average_fake, torch.tensor(-0.05))
-    # The second step after use sees what the first left.
+    # With "after_use", the second step uses the averages of the first.
     assert torch.allclose(after(real, fake), torch.tensor((1.05**2 + 3.05**2) / 2 + (1.2**2 + 0.2**2) / 2))
 
     means = LeCam(decay=0.9, compare="batch_means")
@@ -327,7 +327,7 @@ def test_lpips_is_a_frozen_distance(lpips, images):
     assert (distance > 0).all()
     assert torch.equal(lpips(images, images), torch.zeros(2))
     assert torch.allclose(lpips(images, other), distance)
-    assert torch.equal(lpips.train()(other, images), distance)  # training mode switches nothing on
+    assert torch.equal(lpips.train()(other, images), distance)  # training mode changes nothing
     assert torch.allclose(lpips(other[1:], images[1:]), distance[1:], atol=1e-6)
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
 

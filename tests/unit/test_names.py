@@ -1,4 +1,4 @@
-"""Folders and files whose names are no UTF-8, as Linux allows: they work, or one message names the way out."""
+"""Folders and files whose names are not UTF-8, as Linux allows: they work, or one message names the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.tiny_models import tiny
 from support.tiny_runs import generator_config, tokenizer_config, write_tokens
 
 import vistok
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.utils.files import utf8_path
 

@@ -96,7 +96,7 @@ def test_every_generator_that_is_released_has_a_tokenizer():
         for _, checkpoint in item.released()
         if checkpoint.tokenizer not in KNOWN_IDS
     ]
-    # Its tokenizer is the same file as that of the others, at 512 px, which its config has to say.
+    # Its tokenizer is the same file as that of the others, at 512 px, which its config must state.
     assert alone == ["FoundationVision/var/var_d36.pth"]
 
 

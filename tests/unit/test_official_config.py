@@ -1,7 +1,7 @@
 """No key of a reference's config is ignored by accident.
 
-Every key of every golden case and of every released config is changed in turn. That must give another model, or an
-error, or the key is among those that its adapter knows to be without effect, with the reason.
+Every key of every golden case and of every released config is changed in turn. The change must give another model or an
+error, or the adapter must list the key as without effect, with the reason.
 """
 
 from __future__ import annotations

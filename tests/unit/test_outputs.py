@@ -1,4 +1,4 @@
-"""Folders that take long to fill: collected ones appear when they are whole, continued ones go on with one record."""
+"""Folders that take long to fill: collected ones appear when complete, continued ones keep one record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed weights compute what plain ones do, follow the model's changes, and leave it as it was."""
+"""Packed weights give the results of plain ones, follow changes of the model, and do not change it."""
 
 from __future__ import annotations
 

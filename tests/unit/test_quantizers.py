@@ -169,6 +169,28 @@ def test_dead_codes_move_onto_latents_once_gradients_are_there():
     assert torch.equal(quantizer.embedding.weight, after)
 
 
+def test_restart_of_a_residual_quantizer_counts_steps_and_the_codes_of_all_levels():
+    torch.manual_seed(0)
+    shared = VectorQuantizer(64, 4, restart_after=2)
+    residual, z = ResidualQuantizer(shared, 3).train(), latents(n=4)
+    before, idle = shared.embedding.weight.detach().clone(), shared.restart.idle.clone()
+    residual.encode(z)
+    assert torch.equal(shared.restart.idle, idle)  # only a training step counts
+    used = residual(z).ids.unique()
+    assert (shared.restart.idle[used] == 0).all()
+    assert shared.restart.idle.max() == 3
+    residuals = torch.stack([rest for rest, _ in residual._levels(z)], -2).flatten(0, -2)
+    shared.after_backward()
+    moved = (shared.embedding.weight != before).any(-1)
+    assert not moved[used].any()
+    assert moved.sum() == 64 - len(used)
+    chosen = (shared.embedding.weight[moved, None] == residuals).all(-1)
+    assert chosen.any(1).all()
+    assert len((chosen.int().argmax(1) % 3).unique()) == 3  # of all levels
+    with pytest.raises(ValueError, match="cannot cluster"):
+        ResidualQuantizer(VectorQuantizer(8, 4, clustering=True), 2)
+
+
 def test_no_restart_in_evaluation():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 4, restart_after=1).eval()
@@ -201,7 +223,7 @@ def test_ids_of_signs_come_back_as_themselves(bits, seed):
 
 
 def test_spherical_codes_are_those_of_a_single_grid():
-    """And the gradient is that of the normalisation."""
+    """The gradient is that of the normalisation."""
     z = latents(n=6, dim=4)[0].requires_grad_()
     output = BSQ(4)(z[None])
     grid = MultiScaleBSQ(4, [(1, 6)])
@@ -341,10 +363,10 @@ DIMS = {
     "larp": "codebook_dim",
     "seed": "code_dim",
 }
-"""What the channels of a code are called where it is not ``codebook_embed_dim``."""
+"""Names of the argument for a code's channels, if it is not ``codebook_embed_dim``."""
 TAKING = [name for name in names("tokenizer") if "quantizer" in signature(registry.entry(name).load()).parameters]
 NOT_TAKING = {"kl_vae", "mingtok"} | {"var_vq"} | {"framewise"}
-"""Of latents; of its own growing grids, for which others take the quantizer; of another tokenizer."""
+"""Reasons: continuous latents; own growing grids, which others take by name; another tokenizer's quantizer."""
 
 
 def with_quantizer(tokenizer, name, **options):
@@ -394,7 +416,7 @@ def test_tokenizers_take_quantizers_by_name(name, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", TAKING)
 def test_a_stochastic_quantizer_draws_in_training_alone(tokenizer):
-    """What it draws from, the tokenizer asks it for."""
+    """The tokenizer gets the draws from its quantizer."""
     model = with_quantizer(tokenizer, "stochastic", codebook_size=12, temperature=1e3)
     images = pixels(model)
     first, other = (model.training_draws(Keys.range(seed, len(images))) for seed in (0, 1))
@@ -446,7 +468,7 @@ def test_quantizers_that_do_not_fit_are_refused():
 
 
 def test_flextok_begins_with_latents_that_have_a_direction():
-    """But for FSQ, which the released initial zeros suit."""
+    """Except for FSQ, which works with the initial zeros of released models."""
     kind, options = registry.entry("flextok").load(), registry.entry("flextok").load().tiny
     assert not kind(**options).encoder.to_codes.weight.any()
     model = kind(**options, quantizer={"name": "vq", "codebook_size": 12, "dim": 4})

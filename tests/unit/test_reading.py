@@ -1,4 +1,4 @@
-"""The reading stack: training and evaluation see the same images, and they are what the files show."""
+"""The image reader: training and evaluation read the same images, and they match the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
 from vistok.data.captions import CaptionError
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
@@ -76,7 +76,7 @@ def archived(folder: Path, target: Path) -> Path:
 
 
 def sharded(folder: Path, target: Path) -> Path:
-    """Webdataset would take files of one name but for the extension as one sample."""
+    """Webdataset would group files that differ only in their extension into one sample."""
     with tarfile.open(target, "w") as archive:
         for file in sorted(folder.iterdir(), reverse=True):
             archive.add(file, f"{file.stem}-{file.suffix[1:]}{file.suffix}")
@@ -89,7 +89,7 @@ def training_images(root: Path, source: str = "folder", **changes) -> dict[str, 
 
 
 def squares(root: Path, source: str) -> torch.Tensor:
-    """What training sees of all images, in the order of evaluation."""
+    """All images as training reads them, in the order of evaluation."""
     config = DataConfig(8, source=source, root=str(root), batch_size=1)
     opened = open_source(config)
     order = sorted(range(len(opened)), key=opened.files.path)
@@ -127,7 +127,7 @@ def test_photos_are_upright(tmp_path: Path, orientation: int, extension: str):
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, upright)
     assert open_images(tmp_path).size == upright.shape[:2]
-    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{extension}", Decoder())), upright)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{extension}", ImageDecoder())), upright)
     square = from_pil([Image.open(tmp_path / f"a.{extension}")], (10, 10), 3)
     assert torch.equal(square, from_pil([Image.fromarray(upright)], (10, 10), 3))
 
@@ -155,9 +155,9 @@ def test_transparent_parts_are_white(tmp_path: Path):
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen[:, :3], colours[:, :3])
     assert (seen[:, 3:] == 255).all()
-    half = Decoder().convert(Image.new("RGBA", (1, 1), (55, 55, 55, 128)))
+    half = ImageDecoder().convert(Image.new("RGBA", (1, 1), (55, 55, 55, 128)))
     assert abs(half.getpixel((0, 0))[0] - 155) <= 1
-    assert Decoder(1).convert(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == 255
+    assert ImageDecoder(1).convert(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == 255
 
 
 def test_masks_mark_nothing_where_nothing_is():
@@ -214,7 +214,7 @@ def test_pixels_that_could_mean_anything_are_refused_by_name(tmp_path: Path, val
     with pytest.raises(ImageError, match=rf"a\.tif: its pixels are {message}"):
         list(open_images(tmp_path).batches(1))
     with pytest.raises(ValueError, match=message):
-        open_picture(tmp_path / "a.tif", Decoder())
+        open_picture(tmp_path / "a.tif", ImageDecoder())
 
 
 def test_what_is_not_read_is_counted_and_named_on_both_sides(tmp_path: Path, caplog):
@@ -223,7 +223,7 @@ def test_what_is_not_read_is_counted_and_named_on_both_sides(tmp_path: Path, cap
         (tmp_path / name).write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         assert len(training_images(tmp_path)) == 1
-    named = "3 files are not images and are ignored: b.jxl, c.txt, clip.mp4"
+    named = "3 other files are ignored: b.jxl, c.txt, clip.mp4"
     assert named in caplog.text
     assert str(open_images(tmp_path).files_read.left_out) == named
     assert open_images(archived(tmp_path, tmp_path.parent / "x.zip")).files_read.left_out.count == 3
@@ -440,6 +440,47 @@ def test_texts_of_shards_begin_without_a_byte_order_mark(tmp_path: Path):
     assert open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0) == ("a cat",)
 
 
+@pytest.mark.parametrize("archive", [False, True])
+def test_an_image_has_its_caption_beside_it(tmp_path: Path, archive: bool, caplog):
+    files = {
+        "cats/a.png": png(0),
+        "cats/a.txt": "a cat\r\n".encode("utf-8-sig"),
+        "cats/b.v2.PNG": png(1),
+        "cats/b.v2.TXT": "zwei Kätzchen".encode(),
+        "cats/c.png": png(2),
+        "cats/c.txt": b"listed elsewhere",
+        "cats/d.png": png(3),
+        "captions.jsonl": b'{"file_name": "cats/c.png", "text": ["one", "two"]}',
+    }
+    root = write_files(tmp_path, files, archive)
+    source = open_source(DataConfig(8, root=str(root)))
+    assert [source.captions(index) for index in range(4)] == [("a cat",), ("zwei Kätzchen",), ("one", "two"), ()]
+    assert "ignored" not in caplog.text
+    assert source.classes == ("cats",)
+    assert not open_images(root).files_read.left_out.count
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_texts_beside_no_image_are_counted_and_damaged_ones_named(tmp_path: Path, archive: bool, caplog):
+    root = write_files(tmp_path, {"a.png": png(0), "a.txt": b"\xff\xfe", "notes.txt": b"mine"}, archive)
+    source = open_source(DataConfig(8, root=str(root)))
+    assert "1 other file is ignored: notes.txt" in caplog.text
+    with pytest.raises(CaptionError, match=r"/a\.txt holds no caption: .*utf-8"):
+        source.captions(0)
+
+
+def write_files(folder: Path, files: dict[str, bytes], archive: bool) -> Path:
+    if archive:
+        with zipfile.ZipFile(folder / "x.zip", "w") as file:
+            for name, content in files.items():
+                file.writestr(name, content)
+        return folder / "x.zip"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def test_entries_of_one_name_are_counted(tmp_path: Path, caplog):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("set/a.png", "set/b.png", "set/a.png", "set\\b.png"):
@@ -506,7 +547,7 @@ def test_samples_that_are_not_read_are_named(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(DataConfig(8, source="webdataset", root=str(path)))
     assert len(source) == open_images(path).count == 1
-    named = f"3 files are not images and are ignored: {path}:b.jxl, {path}:b.cls, {path}:c.npy"
+    named = f"3 other files are ignored: {path}:b.jxl, {path}:b.cls, {path}:c.npy"
     assert named in caplog.text
     assert str(open_images(path).files_read.left_out) == named
 
@@ -564,13 +605,13 @@ def test_links_in_shards_are_what_they_lead_to_and_all_else_is_named(tmp_path: P
 
 
 def test_hidden_files_of_shards_are_no_images(tmp_path: Path, caplog):
-    """As macOS puts them beside files."""
+    """As macOS writes them beside files."""
     members = {"./._a.png": b"x", "./a.png": png(0), "__MACOSX/a.png": b"x", ".cache/b.png": png(1), "../c.png": png(2)}
     path = write_tar(tmp_path / "0.tar", members)
     with caplog.at_level(logging.WARNING):
         assert len(open_source(DataConfig(8, source="webdataset", root=str(path)))) == 2
     assert sorted(open_images(path).names) == ["a", "c"]
-    assert f"3 files are not images and are ignored: {path}:._a.png (hidden)" in caplog.text
+    assert f"3 other files are ignored: {path}:._a.png (hidden)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.cls", "a.json"])
@@ -702,7 +743,7 @@ def test_a_png_with_a_long_text(tmp_path: Path):
     [
         [(b"tEXt", b"C\0" + b"x" * (1 << 19))] * 130,  # more than 64 MiB together
         [(b"iTXt", b"C\0\1\0\0\0" + zlib.compress(b"x" * (1 << 20)))] * 70,
-        [(b"zTXt", b"C\0\7x")],  # packed in a way that is not known
+        [(b"zTXt", b"C\0\7x")],  # with an unknown compression
         [(b"iCCP", b"no name")],
     ],
 )
@@ -763,7 +804,7 @@ def test_sizes_beyond_any_are_refused_with_the_limit(tmp_path: Path, side: int):
 
 def test_a_damaged_text_does_not_hide_a_png_and_other_damage_is_named(tmp_path: Path):
     data = bytearray(png_with_chunk(b"tEXt", b"a\0b"))
-    data[33 + 8 + 1] ^= 1  # its checksum does not fit
+    data[33 + 8 + 1] ^= 1  # with a wrong checksum
     (tmp_path / "a.png").write_bytes(data)
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, levels(3))
@@ -814,11 +855,11 @@ def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, ki
     last = kind.rpartition(" ")[2]
     image.save(tmp_path / f"a.{last}", **({"quality": 95} if last in ("jpg", "mpo", "webp") else {}))
     with (tmp_path / f"a.{last}").open("rb") as file:
-        whole = Decoder(side=64).read(file)
+        whole = ImageDecoder(side=64).read(file)
     monkeypatch.setattr(decoding, "LARGE", 1_000_000)
     monkeypatch.setattr(decoding, "STRIP", 100_000)
     with (tmp_path / f"a.{last}").open("rb") as file:
-        small = Decoder(side=64).read(file)
+        small = ImageDecoder(side=64).read(file)
     assert (whole.size, small.size) == ((1600, 1201), (200, 151))
     seen, exact = (np.asarray(center_crop_adm(one, 64), dtype=int) for one in (small, whole))
     assert np.abs(seen - exact).max() <= 2
@@ -834,7 +875,7 @@ def test_a_large_webp_is_decoded_once_to_what_pillow_makes_of_it(tmp_path: Path,
     for still in (decoding._still_webp, lambda image: None):
         monkeypatch.setattr(decoding, "_still_webp", still)
         with (tmp_path / "a.webp").open("rb") as file:
-            results.append(np.asarray(Decoder(side=20).read(file)))
+            results.append(np.asarray(ImageDecoder(side=20).read(file)))
     assert results[0].shape == (76, 100, 3)
     assert np.array_equal(*results)
 

@@ -1,4 +1,4 @@
-"""Remote shards: addresses and commands, fetched once, whole or not at all."""
+"""Remote shards: addresses and commands, downloaded once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vistok.config import ConfigError, ShellCommand
 from vistok.data import remote
 from vistok.data.config import DataConfig
 from vistok.data.opening import open_source
 from vistok.data.remote import fetch
+from vistok.signatures import ConfigError, ShellCommand
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_store_whose_reader_is_not_installed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_store(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of fsspec's stores the one that is in memory stands for all: a path, no chain, goes to it."""
+    """fsspec's memory store stands for all stores: it gets a path, not a chain."""
     import fsspec
 
     memory = fsspec.filesystem("memory")

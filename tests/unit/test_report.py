@@ -1,4 +1,4 @@
-"""Reports: what blocks become in HTML, and charts in SVG."""
+"""Reports: blocks as HTML, and charts as SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each system has a room of its own, and no other code names it."""
+"""Each system has its own file or folder (its room), and no other code names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGISTRY = PACKAGE / "checkpoints" / "registry.py"
 NAMES = {entry.name for entry in registry.ENTRIES} | {
     name.partition("/")[0] for entry in registry.ENTRIES for name in entry.official_names
 }
-NAMES -= {"framewise"}  # no system, but what puts any tokenizer of images on clips
+NAMES -= {"framewise"}  # not a system: it applies any image tokenizer to clips
 # Parts of one system that are built into another.
 BUILT_IN = {
     "flextok": {"kl_vae"},  # its frozen autoencoder
@@ -34,12 +34,12 @@ BUILT_IN = {
     "open_magvit2_gpt": {"llama"},  # the transformer that it extends
     "ibq_gpt": {"llama"},
 }
-# Names that are ordinary words of code, too (a variance, ClassVar, a random seed), by what means the system.
+# Names that are also ordinary words of code (a variance, ClassVar, a random seed): patterns that mean the system.
 WRITTEN = {
     "var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/",
     "seed": r"(?<![A-Za-z_])SEED(?![A-Za-z_])|tokenizers\.seed(?!\w)|(?<!\w)seed/",
 }
-# Published measures are called by the papers that set them, and results carry the names.
+# Published protocols have the names of their papers, and results contain these names.
 MEASURES = {
     "eval/guards.py": {"var"},
     "eval/reconstruction.py": {"llamagen"},
@@ -82,7 +82,7 @@ def words(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def named_in(text: str) -> set[str]:
-    """The systems that a text names, in whichever case."""
+    """The systems that a text names, in upper or lower case."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text)
     words = {name for name, written in WRITTEN.items() if re.search(written, text)}
     return words | {

@@ -29,7 +29,7 @@ def kept(filtered: Tensor) -> Tensor:
 def test_top_k_keeps_the_k_likeliest_and_ties(logits, k, temperature):
     filtered = filter_logits(logits, temperature=temperature, top_k=k)
     scaled = logits / temperature
-    larger = (scaled[:, None, :] > scaled[:, :, None]).sum(-1)  # how many beat each id
+    larger = (scaled[:, None, :] > scaled[:, :, None]).sum(-1)  # how many ids are likelier than each
     assert torch.equal(kept(filtered), larger < k)
     assert torch.equal(filtered[kept(filtered)], scaled[kept(filtered)])
 
@@ -114,7 +114,7 @@ def test_every_option_of_every_generator_is_finite(name):
 
 @pytest.mark.parametrize("name", ["mar", "xar", "maskgit", "ming_univision"])
 def test_steps_have_a_bound(name):
-    """More would run for days, or fill the memory with noise."""
+    """More steps would run for days, or fill the memory with noise."""
     model = tiny(name)
     for count in (10**9, 10**30, 0, True):
         with pytest.raises(ValueError, match=r"num_(steps|iter) must be"):
@@ -182,7 +182,7 @@ def test_every_tokenizer_decodes_in_half_precision(name, dtype):
 @pytest.mark.parametrize("name", names("generator"))
 @pytest.mark.parametrize("how", ["overflow", "nan"])
 def test_no_generator_makes_tokens_of_numbers_that_are_not_finite(name, how, options):
-    """Neither ids nor latents, drawn or greedy."""
+    """No ids or latents are returned, drawn or greedy."""
     model = tiny(name)
     if not hasattr(model.options_type(), "temperature"):
         options = {}

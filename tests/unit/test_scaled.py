@@ -34,7 +34,7 @@ def maps(seed: int = 0, dim: int = 5) -> Tensor:
 
 
 def scales_of(name: str) -> tuple[tuple[int, int], ...]:
-    """Of the tiny tokenizer: its raster, or a row."""
+    """Three grids for a tiny tokenizer; the last one is its raster, or a row."""
     spec = tiny(name).spec
     last = spec.grid or (1, spec.length)
     return ((1, 1), (min(2, last[0]), 2), last)
@@ -110,6 +110,7 @@ def test_tokenizers_take_scales_by_name_and_feed_next_scale_generators(name, kin
         assert model.decode(ids[:, : model.spec.decodable(length - 1)]).shape == images.shape
         with pytest.raises(ValueError, match="end within a scale"):
             model.decode(ids[:, :2])
+    assert torch.equal(model.quantize(model.encode_latents(images)), ids)
     with pytest.raises(ValueError, match="a sum of several"):
         model.codes()
     generator, condition = tiny("var", spec=model.spec), labels(0, 4, -1)

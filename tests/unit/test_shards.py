@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from support.images import assert_same_batches, picture
 
-from vistok.config import ConfigError
 from vistok.data import DataConfig, ResampledOrder, open_source, training_loader
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.shards import ShardSource, expand_braces
+from vistok.signatures import ConfigError
 
 
 def encoded(number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The documentation site: pages that docs/pages.py makes, and what they are made of."""
+"""The documentation site: the pages that docs/pages.py generates, and their sources."""
 
 from __future__ import annotations
 

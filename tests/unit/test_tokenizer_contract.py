@@ -1,4 +1,4 @@
-"""What the contract of tokenizers offers beyond images: clips, several reconstructions, conditions, no pixels."""
+"""The tokenizer contract beyond images: clips, several reconstructions, conditions, no pixels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from einops import rearrange
 from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny
 from torch import Tensor, nn
 
-from vistok.config import ConfigError
 from vistok.data.config import DataConfig
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.pipelines import Pipeline
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import AfterBackward, Condition, Expander, GeneratorOutput, TokenChunk, TokenizerOutput, TokenSpec
 
@@ -80,7 +81,7 @@ class Sums(Expander):
 
 
 class Silent(Cells):
-    """A throw-away tokenizer that renders nothing."""
+    """A throw-away tokenizer that does not decode to pixels."""
 
     registry_name = "silent"
     renders = reconstructs = False
@@ -179,7 +180,7 @@ def test_tokens_that_are_no_tensor_are_told(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", names("tokenizer"))
 def test_latents_that_are_not_finite_have_no_ids(name):
-    """Of NaN a comparison with codes would give the id 0 without a word."""
+    """With NaN latents, a comparison with codes would silently give the id 0."""
     model = tiny(name)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
@@ -218,6 +219,30 @@ def test_a_pipeline_without_pixels_says_so_before_it_samples():
     assert pipe.generator.sample(labels(0), GREEDY).shape == (1, 8)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*((name, {}) for name in names("tokenizer")), ("titok", {"bottleneck": "vae"}), ("titok", {"output": "pixels"})],
+)
+def test_the_feature_latents_is_what_tokens_are_made_of(name, arguments):
+    """Of ids what is quantized, and not the codes; of continuous tokens what is standardised."""
+    model = tiny(name, **arguments)
+    if not model.spec.discrete:
+        model = tiny(name, **arguments, latent_mean=2.0, latent_scale=3.0)
+    output = model(pixels(model), draws=model.training_draws(Keys.range(0, 3)))
+    latents = output.features["latents"]
+    if not model.spec.discrete:
+        torch.testing.assert_close((latents - 2) * 3, output.tokens)
+        return
+    assert not torch.allclose(latents, output.features["quantized"])
+    if name == "var_vq":  # whose quantizer reads maps
+        latents = rearrange(latents, "b (h w) d -> b d h w", h=model.spec.scales[-1][0])
+    if hasattr(model, "latents"):
+        assert torch.equal(model.latents(pixels(model)), latents)
+    quantizer = getattr(model, "tokenizer", model).quantizer
+    assert torch.equal(quantizer.encode(latents), model.encode(pixels(model)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop of a generator
 
@@ -231,7 +256,7 @@ def test_an_expander_gives_in_steps_what_it_gives_at_once():
 
 
 class Continuing(Generator):
-    """A throw-away generator: the next token is the parity of what the tokenizer makes of those so far."""
+    """A throw-away generator: the next token is the parity of the tokenizer's expansion of the earlier ones."""
 
     registry_name = "continuing"
     options_type = DecodingOptions
@@ -284,7 +309,7 @@ def test_a_generator_with_the_tokenizer_in_its_loop_samples_in_a_pipeline_what_i
 
 
 EXPANDING = ["mingtok", "var_vq"]
-"""Tokenizers whose tokens generators do not read as they are."""
+"""Tokenizers that expand their tokens for generators."""
 
 
 @pytest.mark.parametrize("name", [name for name in names("tokenizer") if name not in EXPANDING])

@@ -1,4 +1,4 @@
-"""Video files as they come: other orders, edit lists, phones held upright, and files that are no video."""
+"""Video files from practice: other frame orders, edit lists, upright phone videos, and files without video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ramp(count: int) -> np.ndarray:
 
 
 def write(path: Path, count: int, *, codec: str = "libx264", between: int = 0, early: int = 0, **options) -> Path:
-    """A file of ``count`` frames, with so many B-frames between others; ``early`` ones lie before its beginning."""
+    """A file of ``count`` frames, with B-frames between others; ``early`` frames lie before its beginning."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
@@ -42,7 +42,7 @@ def write(path: Path, count: int, *, codec: str = "libx264", between: int = 0, e
 
 
 def brightness(frames: np.ndarray) -> np.ndarray:
-    """Of the lower half of each frame."""
+    """Brightness of the lower half of each frame."""
     return frames[:, 16:].mean((1, 2, 3))
 
 

@@ -1,10 +1,10 @@
-"""Models in files: the base class, saving and loading, official weights, and the table of all models."""
+"""Models on disk: the base class of models, saving and loading, official weights, and the registry of models."""
 
 from vistok.checkpoints.hub import snapshot
 from vistok.checkpoints.model import CONFIG, WEIGHTS, Model, load, read_config
 from vistok.checkpoints.official import (
     OfficialCheckpoint,
-    Reference,
+    OfficialReference,
     convert,
     from_official,
     known_config,
@@ -26,7 +26,7 @@ __all__ = [
     "CheckpointError",
     "Model",
     "OfficialCheckpoint",
-    "Reference",
+    "OfficialReference",
     "convert",
     "from_official",
     "fuse",

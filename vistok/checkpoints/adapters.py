@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in files: merged into the weights, or beside them as PEFT has them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on disk: merged into the weights, or apart in the format of PEFT.
 
-In training a weight W is a parametrization of torch, ``W + scale * B A``; a state dict has its parts under the names
-that ``parts_of`` knows. An adapter that is kept apart lies beside the weights, in the files and under the names of the
-library PEFT, which reads it too.
+In training a weight W is parametrized as ``W + scale * B A``, and a state dict holds W, A, B and the scale (see
+``parts_of``). An adapter that is kept apart lies beside the weights, with the file names and keys of PEFT, which can
+load it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PEFT = "base_model.model."
 
 
 def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The adapters in a state dict of training: by module, its tensors "down" (A), "up" (B) and "scale"."""
+    """The adapters in a state dict of training: for each module, the tensors "down" (A), "up" (B) and "scale"."""
     modules = [key.removesuffix(ORIGINAL) for key in state if key.endswith(ORIGINAL)]
     return {
         module: {name: state[f"{module}{LOW_RANK}{name}"] for name in ("down", "up", "scale")} for module in modules
@@ -31,7 +31,7 @@ def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which adapters are part of their weights; one without adapters as it is."""
+    """The state dict with all adapters merged into their weights."""
     found = parts_of(state)
     result = without_adapters(state)
     for module, part in found.items():
@@ -40,7 +40,7 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as it was before adapters were put in."""
+    """The state dict of the base weights, without adapters."""
     return {key.replace(ORIGINAL, ".weight"): tensor for key, tensor in state.items() if LOW_RANK not in key}
 
 
@@ -50,29 +50,35 @@ def added(weight: Tensor, down: Tensor, up: Tensor, scale: Tensor | float) -> Te
 
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], base: str) -> None:
-    """Write the adapters of a state dict as PEFT names them.
+    """Write the adapters of a state dict in the format of PEFT.
 
     Args:
-        base: what they were trained on, as PEFT's config records it.
+        base: name of the base model, for PEFT's config.
+
+    Raises:
+        CheckpointError: modules differ in rank or scale, of which the config holds one.
     """
     found = parts_of(state)
-    tensors, scales = {}, {}
+    tensors, kinds = {}, set()
     for module, part in found.items():
         tensors[f"{_PEFT}{module}.lora_A.weight"] = part["down"].detach().cpu().contiguous()
         tensors[f"{_PEFT}{module}.lora_B.weight"] = part["up"].detach().cpu().contiguous()
-        scales[module] = float(part["scale"])
-    rank = len(next(iter(found.values()))["down"])
+        kinds.add((len(part["down"]), float(part["scale"])))
+    if len(kinds) != 1:
+        told = "; ".join(f"rank {rank}, scale {scale:g}" for rank, scale in sorted(kinds)) or "none"
+        raise CheckpointError(f"an adapter file holds adapters of one rank and one scale; these have {told}")
+    ((rank, scale),) = kinds
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "target_modules": sorted(found)}
-    config |= {"lora_alpha": rank * next(iter(scales.values())), "bias": "none", "inference_mode": True}
+    config |= {"lora_alpha": rank * scale, "bias": "none", "inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, config)
 
 
 def with_adapter(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Weights with the adapter that lies beside them, if one does.
+    """Merge the adapter in ``folder``, if there is one, into the weights ``state``.
 
     Raises:
-        CheckpointError: a damaged adapter, or one of another model.
+        CheckpointError: the adapter is damaged, or of another model.
     """
     if not (folder / ADAPTER).is_file():
         return state

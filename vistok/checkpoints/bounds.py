@@ -1,4 +1,4 @@
-"""Bounds on what a config may build: a size of no model is refused before it fills memory or runs for hours."""
+"""Bounds on the models that a config may build: absurd sizes are refused before they fill memory or run for hours."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Built = TypeVar("Built", bound=nn.Module)
 
 MAX_INTEGER = 2**40
 MOST = {"image_size": 2**16, "layers": 1000, "blocks": 1000, "depth": 1000, "refiners": 1000}
-"""The largest integer of an argument with such a word in its name."""
+"""The largest integer of an argument whose name contains the word."""
 TOO_MUCH_FOR_AN_ERROR = 1 / 16
-"""A model that takes more than this share of the memory is not built once more for the sake of its error message."""
+"""A model that takes more than this share of memory is not built again for a better error message."""
 MAX_TENSORS = 25_000  # published models of many experts have up to 20,000
 
 
 class OversizedError(RuntimeError):
-    """Arguments that describe a model larger than any that could be meant."""
+    """The arguments describe a model that is too large to be meant."""
 
 
 def check_bytes(what: str, size: int) -> None:
@@ -41,14 +41,14 @@ def check_bytes(what: str, size: int) -> None:
 def construct(
     module: Callable[..., Built], arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
 ) -> Built:
-    """``module(**arguments)``, which is refused before memory is allocated or weights are drawn.
+    """Return ``module(**arguments)``; a model that is too large is refused before its memory is allocated.
 
-    It is built on torch's meta device first, where tensors have sizes and no numbers; not where ``weights`` show that
-    no argument is large.
+    The model is first built on torch's meta device, where tensors have shapes but no data. This step is left out if no
+    argument exceeds the largest side of ``weights``.
 
     Raises:
         OversizedError: as :func:`bounded`.
-        Exception: what the constructor raises.
+        Exception: any error of the constructor.
     """
     sides = [max(tensor.shape, default=1) for tensor in (weights or {}).values() if tensor.numel()]
     if weights is not None and all(value <= max(sides, default=1) for _, value in integers(arguments)):
@@ -60,14 +60,14 @@ def construct(
         warnings.catch_warnings(),
         torch.device("meta"),
     ):
-        warnings.simplefilter("ignore")  # of weights that are read into it; what matters is said again below
+        warnings.simplefilter("ignore")  # the second build repeats those that matter
         try:
             module(**arguments)
         except OversizedError:
             raise
         except Exception:
-            # Sizes that do not go together, of which building it says more below; or a module that reads numbers or
-            # files while it is built, whose sizes are counted as they are allocated.
+            # Either sizes do not fit each other, and the second build gives the better message; or the module reads
+            # data or files while it is built, and the second build counts its sizes as they are allocated.
             if counted.bytes > psutil.virtual_memory().total * TOO_MUCH_FOR_AN_ERROR:
                 raise
     with bounded(arguments, weights):
@@ -76,7 +76,7 @@ def construct(
 
 @dataclasses.dataclass
 class Counted:
-    """What was built so far."""
+    """The parameters and buffers built so far."""
 
     tensors: int = 0
     elements: int = 0
@@ -85,11 +85,11 @@ class Counted:
 
 @contextmanager
 def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Iterator[Counted]:
-    """Within this context, a model built from ``arguments`` has bearable sizes.
+    """A context in which the model built from ``arguments`` may not exceed bounds on its size.
 
     Args:
-        arguments: the constructor's, which come from a file.
-        weights: those that the model will load, where they are known: it has no more than a small multiple of them.
+        arguments: the constructor's arguments, read from a file.
+        weights: the weights that the model will load, if known; the model may have a small multiple of their number.
 
     Raises:
         OversizedError: an integer beyond 2^40, an image size beyond 2^16, a number of layers or blocks beyond 1000;
@@ -103,7 +103,7 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
     builder = threading.get_ident()
     most_tensors, most_elements = MAX_TENSORS, float("inf")
     if weights is not None:
-        # What a reference joins, ours may hold in parts, and the reverse.
+        # Our model may split a tensor of the reference into several, or fuse several into one.
         most_tensors = 4 * len(weights) + 1000
         most_elements = 4 * sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor)) + 2**20
     memory = psutil.virtual_memory().total
@@ -147,7 +147,7 @@ def _short(value: int) -> str:
 
 
 def integers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:
-    """The integers in nested arguments, each with where it stands: "encoder.num_layers"."""
+    """The integers in nested arguments, each with its dotted path, such as "encoder.num_layers"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, int):

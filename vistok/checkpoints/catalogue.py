@@ -1,4 +1,4 @@
-"""Every model that vistok has: sizes, parameters, official checkpoints, papers, licences.
+"""The catalogue of all models: sizes, parameters, official checkpoints, papers, licences.
 
 ``vistok models`` reads them from ``catalogue.json``, which this module writes:
 
@@ -27,8 +27,8 @@ class ReleasedFile:
     """One official checkpoint.
 
     Attributes:
-        id: as ``vistok.load`` and `vistok convert` call it.
-        official: system/part, what it holds.
+        id: as ``vistok.load`` takes it.
+        official: "system/part" of the model that the file holds.
         tokenizer: id of the tokenizer that a generator was trained with, or None.
         licence: of the weights, as their repository states it.
     """
@@ -44,13 +44,13 @@ class CatalogueEntry:
     """One model.
 
     Attributes:
-        name: in configs.
+        name: the model's name in configs.
         kind: tokenizer or generator.
-        official: system/part, as `vistok convert` calls it.
-        paper: its arXiv number.
-        tokenizer: of a generator: in configs, the tokenizer whose tokens its paper models.
+        official: "system/part", as `vistok convert` takes it.
+        paper: the arXiv number.
+        tokenizer: of a generator: the name in configs of the tokenizer whose tokens the paper models.
         licence: of the reference implementation's code.
-        sizes: number of parameters by the name of the size; a generator's for the tokens that its paper models.
+        sizes: number of parameters by the name of the size; for a generator, with the tokens that its paper models.
         checkpoints: the released weights.
     """
 
@@ -65,7 +65,7 @@ class CatalogueEntry:
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """All models, in the registry's order; they are built without memory, on the meta device."""
+    """All models, in the registry's order; they are built on the meta device, which takes no memory."""
     return [_describe(item) for item in registry.ENTRIES]
 
 

@@ -1,4 +1,4 @@
-"""Fetching files from the Hugging Face hub, with errors that say what to do without it."""
+"""Downloads from the Hugging Face hub; errors say what to do without the hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vistok.utils.files import beside
 
 
 def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
-    """Fetch one file of a hub repository, and of an index file all files that it names; the local path.
+    """Download one file of a hub repository and return its local path; for an index file, also all files it names.
 
     Raises:
-        CheckpointError: a file that is not on the hub, an unreachable hub, or no such repository.
+        CheckpointError: the file or repository is not on the hub, or the hub is unreachable.
     """
     from huggingface_hub import hf_hub_download
 
@@ -36,10 +36,10 @@ def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
 
 
 def snapshot(repo: str, files: Sequence[str], **hub_options: Any) -> Path:
-    """Fetch some files of a hub repository; the local folder.
+    """Download the ``files`` (patterns) of a hub repository and return the local folder.
 
     Raises:
-        CheckpointError: no hub id, an unreachable hub, or no such repository.
+        CheckpointError: ``repo`` is no hub id or not on the hub, or the hub is unreachable.
     """
     from huggingface_hub import snapshot_download
 

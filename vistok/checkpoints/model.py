@@ -1,4 +1,4 @@
-"""The base of all models, and models as folders.
+"""``Model``, the base of all models, and ``load``, which reads any saved or official model.
 
 A saved model is a folder with ``config.json`` (the registry name and the constructor's arguments) and
 ``model.safetensors``.
@@ -34,7 +34,7 @@ from vistok.checkpoints.weights import (
     load_strictly,
     read_weights,
 )
-from vistok.config import check, with_todays_names
+from vistok.signatures import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, missing_folder, read_json, restore, write_json
 from vistok.utils.paths import local
@@ -43,7 +43,7 @@ from vistok.utils.tensors import save_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_FILES = (CONFIG, WEIGHTS, ADAPTER, ADAPTER_CONFIG)
-"""All that a model's folder may hold."""
+"""All files that a model's folder may hold."""
 
 
 class Model(
@@ -54,27 +54,27 @@ class Model(
 ):
     """Base of all tokenizers and generators: an ``nn.Module`` whose constructor arguments are its config.
 
-    A subclass sets ``registry_name``; ``checkpoints`` lists the official weights that it reads.
+    A subclass sets ``registry_name``, and in ``checkpoints`` the official weights that it reads.
     """
 
     registry_name: ClassVar[str]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Arguments by the name of a published size."""
+    """Constructor arguments of the published sizes, by name."""
     tiny: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of a model that is small enough for tests."""
+    """Constructor arguments of a model that is small enough for tests."""
     checkpoints: ClassVar[tuple[OfficialCheckpoint, ...]] = ()
     pickled_stand_ins: ClassVar[tuple[tuple[type, str], ...]] = ()
-    """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
-    names."""
+    """Inert classes, each with the name of a class that released files pickle beside their weights; it is unpickled
+    instead."""
 
     num_classes: int | None = None
     """How many classes a generator can be conditioned on; None if it takes no labels."""
 
     class_names: tuple[str, ...] = ()
-    """The names of a generator's classes in the order of the ids, where they go with its weights."""
+    """The names of a generator's classes in the order of the ids, if they are known for its weights."""
 
     adapter_apart: bool = False
-    """In training with low-rank adapters: whether they are saved beside the weights, rather than merged into them."""
+    """Whether low-rank adapters are saved beside the weights rather than merged into them."""
 
     _arguments: dict[str, Any]  # of the constructor, defaults included
     _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
@@ -92,8 +92,13 @@ class Model(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, defaults included, JSON-ready."""
+        """The constructor's arguments with defaults, as JSON values."""
         return to_json(self._arguments)
+
+    def change_arguments(self, **changes: Any) -> None:
+        """Set constructor arguments to what they became after construction, for the config and the fingerprint."""
+        self._arguments |= changes
+        self._saved_arguments = None
 
     @property
     def device(self) -> torch.device:
@@ -106,10 +111,10 @@ class Model(
         return next(self.parameters()).dtype
 
     def with_official_weights(self, state_dict: Mapping[str, Tensor]) -> Self:
-        """The model itself, with official weights under our names: how ``from_official`` ends.
+        """Load official weights, already under our names, and return the model; the last step of ``from_official``.
 
         Raises:
-            CheckpointError: they do not fit.
+            CheckpointError: the weights do not fit.
         """
         load_strictly(self, state_dict, source="the official state dict")
         return self
@@ -121,18 +126,18 @@ class Model(
 
     @staticmethod
     def embedded_config(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The reference's arguments that a released file holds, or that lie beside it; None if there are none."""
+        """The reference's arguments stored in a released file or beside it; None if there are none."""
         return None
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The released state dict without entries that are no part of the model."""
+        """The released state dict without entries that do not belong to the model."""
         return dict(state)
 
     def save_pretrained(self, save_directory: str | Path, **hub_options: Any) -> None:
-        """Write the model folder ``save_directory`` as a whole, or not at all; a folder that exists is replaced.
+        """Write the model folder ``save_directory`` as a whole, or not at all; an existing folder is replaced.
 
-        ``hub_options`` are those that ``push_to_hub`` of huggingface_hub passes on (a config, card details).
+        ``hub_options`` are passed by ``push_to_hub`` of huggingface_hub (a config, details of the model card).
         """
         with atomic_folder(save_directory, replace=True) as folder:
             self._save_pretrained(folder)
@@ -148,7 +153,7 @@ class Model(
             save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
             if self.adapter_apart:
                 save_adapter(save_directory, trained, base=self.registry_name)
-        except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk
+        except SafetensorError as error:  # raised for a failed write, nearly always a full disk
             raise OSError(errno.ENOSPC, f"weights could not be written: {error}", str(save_directory)) from error
 
     def write_config(self, folder: Path) -> None:
@@ -173,9 +178,10 @@ class Model(
         return model
 
     def fingerprint(self) -> str:
-        """A hash of the config and all weights: equal exactly for models that compute the same.
+        """A hash of the config and all weights, which identifies the model in records.
 
-        Of a loaded model it hashes the arguments as they were saved, so that what an earlier version recorded holds.
+        For a loaded model the arguments are hashed as they were saved, so that the hash is the one that an earlier
+        version recorded.
         """
         arguments = self.config if self._saved_arguments is None else self._saved_arguments
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
@@ -184,20 +190,20 @@ class Model(
 
 
 CONSTRUCTION_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError)
-"""What a constructor raises that is given sizes of no model."""
+"""Errors that a constructor may raise for impossible sizes."""
 
 
 def load(source: str | Path, **hub_options: Any) -> Model:
-    """Load any vistok model from a folder, a hub id of ours, or an official checkpoint's id ("repo/owner/file").
+    """Load a model from a folder, a hub id, or the id of an official checkpoint ("owner/name/file").
 
     Args:
-        source: a folder made by ``save_pretrained``; a run, or a pipeline, of which a generator is loaded rather than
-            its tokenizer; a checkpoint of a run, RUN/checkpoints/step-N, of which the averaged weights are loaded
-            where there are some; a hub id; or an id that ``vistok models`` lists.
+        source: a folder made by ``save_pretrained``; a run or a pipeline, whose generator is loaded if there is one,
+            else its tokenizer; a checkpoint of a run, RUN/checkpoints/step-N, whose averaged weights are loaded if
+            there are any; a hub id; or an id that ``vistok models`` lists.
         hub_options: passed to huggingface_hub's downloads (``revision``, ``token``, ``cache_dir``, ...).
 
     Raises:
-        CheckpointError: nothing there, unreachable hub, damaged weights, or keys that do not fit the config.
+        CheckpointError: nothing is found, the hub is unreachable, or weights are damaged or do not fit the config.
     """
     source = local(source)
     official = None if Path(source).exists() else find_official(str(source))
@@ -214,17 +220,19 @@ def load(source: str | Path, **hub_options: Any) -> Model:
 
 
 def find_official(source: str) -> tuple[str, OfficialCheckpoint] | None:
-    """The released file of that id, with the official name of what it holds; None if the text may be a hub id of ours.
+    """The official checkpoint with the id ``source``, and the official name ("system/part") of the model it holds.
+
+    Returns None if ``source`` may be a hub id of a saved model.
 
     Raises:
-        CheckpointError: the name of a file, or nearly that of one, but none that is known.
+        CheckpointError: ``source`` is no known id, but is like one or has the suffix of a weights file.
     """
     known = {checkpoint.id: (name, checkpoint) for item in registry.ENTRIES for name, checkpoint in item.released()}
     if source in known:
         return known[source]
     if Path(source).is_absolute():
         return None
-    if source.count("/") > 1 and Path(source).parent.is_dir():  # no hub id, and meant to lie here
+    if source.count("/") > 1 and Path(source).parent.is_dir():  # no hub id, so a local path is meant
         raise CheckpointError(missing_folder(source))
     near = [name for name in known if name.endswith(f"/{source}")] or difflib.get_close_matches(source, known, n=3)
     if near or source.endswith(RELEASED_SUFFIXES):
@@ -237,14 +245,14 @@ def find_official(source: str) -> tuple[str, OfficialCheckpoint] | None:
 
 RELEASED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 PARTS = ("generator", "tokenizer")
-"""The folders of a run or a pipeline that hold models, the first one found being what it is about."""
+"""The folders of a run or a pipeline that hold models; ``load`` takes the first that exists."""
 
 
 def model_folder(source: str | Path, **hub_options: Any) -> Path:
-    """The folder that holds a model's config: ``source`` itself, a part of it, or what the hub has of that id.
+    """The folder with a model's config: ``source`` itself, its part, or the download if ``source`` is a hub id.
 
     Raises:
-        CheckpointError: nothing there, an unreachable hub, or a folder without a model.
+        CheckpointError: nothing is found, the hub is unreachable, or ``source`` is a file.
     """
     folder = Path(source)
     if not folder.exists() and folder.parent.is_dir():
@@ -259,17 +267,17 @@ def model_folder(source: str | Path, **hub_options: Any) -> Path:
 
 
 def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor]) -> Model:
-    """The model that a ``config.json`` describes, of a size that ``weights`` can fill; they are not loaded.
+    """Build the model that a ``config.json`` describes, without loading ``weights``, which bound its size.
 
     Raises:
-        CheckpointError: it describes none.
+        CheckpointError: the config does not describe a model.
     """
     model_class = registry.entry(saved["model"]).load()
     try:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
         model = construct(model_class, arguments, weights)
-    except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
+    except CONSTRUCTION_ERRORS as error:  # a ConfigError, or an error of the constructor or torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]
     model.class_names = tuple(saved.get("class_names", ()))
@@ -277,7 +285,7 @@ def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor])
 
 
 def read_exported(folder: Path) -> dict[str, Tensor]:
-    """The weights in a model's folder, or in a checkpoint of training those that would be exported."""
+    """The weights in a model's folder, or those that a training checkpoint would export."""
     if (folder / STATE).is_file() and not (folder / WEIGHTS).exists():
         return merged(exported(read_weights(folder / STATE), folder))
     return with_adapter(read_weights(folder / WEIGHTS), folder)
@@ -287,7 +295,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read ``config.json`` of a saved model.
 
     Raises:
-        CheckpointError: it is absent or not one of ours.
+        CheckpointError: the file is absent, damaged, or not written by vistok.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -312,7 +320,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _contents(folder: Path) -> str:
-    """What a folder that is no model is instead, as far as can be seen."""
+    """The end of the message about a folder that holds no model: what it is instead, if that is known."""
     if (folder / STATE).is_file():
         return ", which checkpoints of an earlier version lack; load the run"
     steps = sorted(folder.glob("checkpoints/step-*"))

@@ -1,4 +1,4 @@
-"""The one door through which official weights come in: a released file, or a reference's config and state dict."""
+"""Official weights: from a released file, or from a reference implementation's config and state dict."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class OfficialCheckpoint:
-    """One released file: hub repository, file name, and the reference's arguments that build it.
+    """One released file: hub repository, file name, and the reference's arguments that build its model.
 
     Args:
-        repo: "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
-        tokenizer: of a generator: the id of the released tokenizer whose tokens it models.
-        text_encoder: of a generator of text features: the kind, as in ``vistok.text``, and the hub name of its encoder.
-        licence: of the weights, where it is another one than their system's.
+        repo: "owner/name" on the hub; for a file that is not on the hub, its folder in the authors' release, or "".
+        tokenizer: for a generator: the id of the released tokenizer whose tokens it models.
+        text_encoder: for a generator of text features: the kind (see ``vistok.text``) and hub name of its encoder.
+        licence: of the weights, if it differs from that of the system's other weights.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class OfficialCheckpoint:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A reference implementation, other than the model's own, whose models one of ours is.
+class OfficialReference:
+    """A further reference implementation whose models a vistok class also covers.
 
     Attributes:
-        build: builds our class of model from the reference's arguments and state dict.
-        checkpoints: its released files.
-        licence: of its code and its weights.
+        build: function from the vistok class, the reference's arguments and its state dict to a model.
+        checkpoints: the reference's released files.
+        licence: of the reference's code and weights.
     """
 
     build: Callable[[type[Any], Mapping[str, Any], Mapping[str, Tensor]], Any]
@@ -73,7 +73,7 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
         state_dict: the reference's weights, under their original names.
 
     Raises:
-        CheckpointError: keys are missing or left over, or a shape differs; the message lists them.
+        CheckpointError: the config does not describe such a model, or keys or shapes of the weights do not fit.
         UnknownModelError: no system has that name.
     """
     item = registry.official_entry(name)
@@ -100,11 +100,11 @@ def convert(
     """Read a released file of system ``name`` ("system/part") and build the vistok model.
 
     Args:
-        config: the reference's arguments. None takes those that the file holds beside its weights, then ``default``,
-            then those of the official checkpoint of the file's name.
+        config: the reference's arguments. None takes those stored in the file, else ``default``, else those of the
+            official checkpoint with the same file name.
 
     Raises:
-        CheckpointError: an unreadable file, unknown arguments, or weights that do not fit.
+        CheckpointError: the file is unreadable, its arguments are unknown, or its weights do not fit.
     """
     item = registry.official_entry(name)
     model_class: type[Model] = item.load()
@@ -118,7 +118,7 @@ def convert(
     if dropped:
         log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), listing(dropped))
     model = from_official(name, config, kept)
-    if model.num_classes == imagenet.NUM_CLASSES:  # no other data set of theirs has so many
+    if model.num_classes == imagenet.NUM_CLASSES:  # no other data set of official weights has so many
         model.class_names = imagenet.class_names()
     return model
 
@@ -128,7 +128,7 @@ def official_name(system: str, filename: str) -> str:
 
     Raises:
         UnknownModelError: no such system.
-        CheckpointError: the file's name does not tell which part it is.
+        CheckpointError: the file's name does not tell which part it holds.
     """
     names = {name: item for item in registry.ENTRIES for name in item.official_names}
     parts = {name: item for name, item in names.items() if name.partition("/")[0] == system}
@@ -144,7 +144,11 @@ def official_name(system: str, filename: str) -> str:
 
 
 def known_config(item: registry.Entry, file: str | Path) -> Mapping[str, Any]:
-    """The reference's arguments for a released file, found by its name, and by its folders where releases share one."""
+    """The reference's arguments for a released file, found by its name; if several share it, also by its folder.
+
+    Raises:
+        CheckpointError: the name is unknown, or several files with different arguments have it.
+    """
     path = Path(file)
     known = [checkpoint for _, checkpoint in item.released()]
     found = [checkpoint for checkpoint in known if checkpoint.filename == path.name]

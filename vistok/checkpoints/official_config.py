@@ -1,7 +1,7 @@
 """The arguments of a reference implementation, read so that none is ignored by accident.
 
-An adapter takes the keys that it honours. What is left is either listed as having no effect on what the model computes,
-with the reason, or refused by name.
+``from_official`` takes the keys that it uses. Each key that is left over must be listed, with a reason, as having no
+effect on what the model computes; otherwise it is refused by name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class OfficialConfig:
 
     Args:
         config: the reference's arguments, nested mappings of values.
-        without_effect: pattern of dotted paths (``*`` matches anything) to the reason why such a key changes nothing
-            of what the model computes.
+        without_effect: from a pattern of dotted paths (``*`` matches anything) to the reason why these keys do not
+            change what the model computes.
     """
 
     def __init__(self, config: Mapping[str, Any], without_effect: Mapping[str, str]):
@@ -29,10 +29,10 @@ class OfficialConfig:
         self._without_effect = without_effect
 
     def take(self, path: str, default: Any = _REQUIRED) -> Any:
-        """The value at ``path``; a mapping where it names a section, of which all keys count as taken.
+        """Take and return the value at ``path``, or a nested mapping if ``path`` names a section.
 
         Raises:
-            CheckpointError: it is absent and has no default.
+            CheckpointError: ``path`` is absent and has no default.
         """
         if path in self._left:
             return self._left.pop(path)
@@ -46,17 +46,17 @@ class OfficialConfig:
         return default
 
     def require(self, path: str, *allowed: Any, why: str) -> None:
-        """Take a key that may only have the ``allowed`` values, or be absent.
+        """Take a key that must be absent or have one of the ``allowed`` values.
 
         Raises:
-            CheckpointError: it has another.
+            CheckpointError: it has another value.
         """
         value = self.take(path, allowed[0])
         if value not in allowed:
             raise CheckpointError(f"{path} is {value!r}; only {' or '.join(map(repr, allowed))} is supported: {why}")
 
     def without_effect(self) -> dict[str, str]:
-        """The keys that nobody took and that are known to have no effect, each with the reason."""
+        """The keys that were not taken but are known to have no effect, each with the reason."""
         found = {}
         for key in self._left:
             reason = next((why for pattern, why in self._without_effect.items() if fnmatchcase(key, pattern)), None)
@@ -65,10 +65,10 @@ class OfficialConfig:
         return found
 
     def finish(self) -> None:
-        """Check that nothing is left over but keys without effect.
+        """Check that only keys without effect are left over.
 
         Raises:
-            CheckpointError: names the keys.
+            CheckpointError: other keys are left; the message names them.
         """
         unknown = self._left.keys() - self.without_effect().keys()
         if unknown:

@@ -1,7 +1,7 @@
-"""The table of everything vistok can build: one line per model.
+"""The registry of all models: one entry per model.
 
-Names from configs and saved folders are looked up here, and only here: no import path in a file is ever executed.
-A model's module is imported when it is asked for.
+Names in configs and saved folders are looked up only here, so an import path in a file is never executed. A model's
+module is imported when the model is first looked up and loaded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from vistok.utils.spelling import suggestion
 
 if TYPE_CHECKING:
-    from vistok.checkpoints.official import OfficialCheckpoint, Reference
+    from vistok.checkpoints.official import OfficialCheckpoint, OfficialReference
 
 
 @dataclass(frozen=True)
 class Licence:
-    """The licences of a reference implementation and of its released weights, as their repositories state them; who
-    uses them reads the repositories' own words."""
+    """The licences of a reference implementation and of its released weights, as their repositories state them. The
+    repositories' own texts are authoritative."""
 
     code: str = "not stated"
     weights: str = "not stated"
@@ -33,18 +33,18 @@ UNSTATED = Licence()
 
 @dataclass(frozen=True)
 class Entry:
-    """One model: its ``name`` in configs, its ``kind``, where it lives, and what official weights call it."""
+    """One model: its ``name`` in configs, its ``kind``, its class, and the official name of its weights."""
 
     name: str
     kind: str  # "tokenizer" or "generator"
     target: str  # "module:Class"
-    official: str  # "system/part", the name that from_official answers to
+    official: str  # "system/part", as from_official takes it
     paper: str  # its arXiv number
-    # Other systems' official names of the same model, each with where its ``Reference`` is, as "module:NAME".
+    # Official names of the same model in other systems, each with its ``OfficialReference`` as "module:NAME".
     references: Mapping[str, str] = field(default_factory=dict)
-    # Formats of token caches that the system's own codebase writes, each with its reader, as "module:Class".
+    # Formats of token caches that the reference implementation writes, each with its reader as "module:Class".
     token_files: Mapping[str, str] = field(default_factory=dict)
-    # Of a generator: the tokenizer whose tokens its paper models, by its name in configs.
+    # For a generator: the name in configs of the tokenizer whose tokens its paper models.
     tokenizer: str | None = None
     licence: Licence = UNSTATED
 
@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def room(self) -> Path:
-        """The folder of the model: the one of its own, or that of all single files of its kind."""
+        """The folder that holds the model's code."""
         found = find_spec(self.target.partition(":")[0])
         if found is None or found.origin is None:
             raise ImportError(f"there is no module {self.target}")
@@ -63,17 +63,17 @@ class Entry:
     def load(self) -> type[Any]:
         return _load(self.target)
 
-    def reference(self, name: str) -> Reference | None:
-        """How official weights called ``name`` become ours; None where the model's own ``from_official`` knows."""
+    def reference(self, name: str) -> OfficialReference | None:
+        """The ``OfficialReference`` of official weights called ``name``; None if ``from_official`` converts them."""
         return _load(self.references[name]) if name in self.references else None
 
     def licence_of(self, name: str) -> Licence:
-        """The licences of the reference implementation that calls the model ``name``."""
+        """The licences of the reference implementation whose official name is ``name``."""
         reference = self.reference(name)
         return self.licence if reference is None else reference.licence
 
     def released(self) -> list[tuple[str, OfficialCheckpoint]]:
-        """All released files, each with the official name of what it holds."""
+        """All official checkpoints, each with the official name of the model it holds."""
         own = [(self.official, checkpoint) for checkpoint in self.load().checkpoints]
         return own + [(name, item) for name, target in self.references.items() for item in _load(target).checkpoints]
 
@@ -323,25 +323,25 @@ def _load(target: str) -> Any:
 
 
 class UnknownModelError(ValueError):
-    """A name that is in no table."""
+    """A model name that is not registered."""
 
 
 def entry(name: str, kind: str | None = None) -> Entry:
     """Look up a model by its config name.
 
     Raises:
-        UnknownModelError: no model (of this kind) has the name; the message gives all names and the nearest one.
+        UnknownModelError: no model (of this kind) has the name; the message lists all names.
     """
     return _find(name, {e.name: e for e in ENTRIES if kind in (None, e.kind)}, kind or "model")
 
 
 def official_entry(name: str) -> Entry:
-    """Look up a model by the name that its official weights carry, for example "llamagen/gpt"."""
+    """Look up a model by an official name, for example "llamagen/gpt"; raises ``UnknownModelError``."""
     return _find(name, {official: e for e in ENTRIES for official in e.official_names}, "official model")
 
 
 def token_files() -> dict[str, Any]:
-    """The readers of token caches that systems' own codebases write, by the format's name."""
+    """The readers of token caches that reference implementations write, by the format's name."""
     return {name: _load(target) for item in ENTRIES for name, target in item.token_files.items()}
 
 

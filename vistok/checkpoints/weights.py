@@ -1,6 +1,6 @@
 """Weights: reading files safely, renaming and joining keys, loading them strictly.
 
-Files are read as safetensors, or by torch with ``weights_only=True``; nothing is ever unpickled blindly.
+Files are read as safetensors, or by torch with ``weights_only=True``, which unpickles no arbitrary objects.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from vistok.utils.tensors import load_file
 
 STATE = "state.pt"
-"""What a checkpoint of training keeps everything in."""
+"""The file of a training checkpoint."""
 
 
 def exported(state: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:
-    """What a run would export of a checkpoint's state: the averaged weights, if there are any.
+    """The weights that a run would export from a checkpoint's state: the averaged ones, if there are any.
 
     Raises:
-        CheckpointError: it is no state of a run.
+        CheckpointError: ``state`` is no state of a run.
     """
     try:
         return dict((state["average"] or state)["model"])
@@ -36,7 +36,7 @@ def exported(state: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:
 
 
 def hash_weights(digest: Any, state: Mapping[str, Tensor]) -> None:
-    """Add names, shapes, types and values to a digest of hashlib."""
+    """Add names, shapes, dtypes and values to a digest of hashlib."""
     for key, tensor in sorted(state.items()):
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -51,11 +51,11 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     ``weights_only=True``.
 
     Args:
-        stand_ins: inert classes, each with the name of a pickled class that it takes the place of.
+        stand_ins: inert classes, each with the name of the pickled class that it replaces.
 
     Raises:
-        CheckpointError: the file is absent, damaged, or would need unpickling of arbitrary objects; or an index that
-            does not say what its files hold.
+        CheckpointError: the file is absent or damaged, would need unpickling of arbitrary objects, is TorchScript, or
+            is an index that does not match its files.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,10 +69,16 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
             raise CheckpointError(
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
             ) from error
+    if is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is TorchScript, which runs the code in the file when it is loaded, so it is not read as weights. "
+            "If you trust the file, save its state dict alone: torch.save(torch.jit.load(FILE).state_dict(), "
+            '"weights.pt")'
+        )
     try:
-        # Training files keep their command line beside the weights.
+        # Training checkpoints often store their command line as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
-            # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
+            # Files from before PyTorch 1.6 are no zip archives, and cannot be memory-mapped.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises several types, none of them its own
         lines = _ESCAPES.sub("", str(error)).splitlines() or [repr(error)]
@@ -94,8 +100,17 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     return dict(found)
 
 
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive, which holds code; nothing of it is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-"""What makes a terminal print bold."""
+"""Escape sequences of terminals, such as those for bold print."""
 _GLOBAL = re.compile(r"(?:Unsupported (?:global|class)[^:]*: (?:GLOBAL )?)([\w.]+)")
 
 
@@ -103,13 +118,13 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """The name of the file that holds each tensor, as an index file says; all lie in its folder.
+    """The file name of each tensor's shard, from an index file; shards lie in its folder.
 
     Raises:
-        CheckpointError: no index file, or names that lead out of the folder.
+        CheckpointError: the file is no index, or a name leads out of the folder.
     """
     try:
-        names = json.loads(index.read_text())["weight_map"]
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         proper = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files (no weight_map): {error!r}") from error
@@ -124,7 +139,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, each in the file that it says."""
+    """The tensors of all shards of an index; raises CheckpointError unless each is where the index says."""
     names, found = shard_names(index), dict[tuple[str, str], Tensor]()
     absent = sorted({name for name in names.values() if not (index.parent / name).is_file()})
     if absent:
@@ -162,11 +177,11 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 MOST_WRAPPERS = 4
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
-"""What DistributedDataParallel and torch.compile put before the names, in whichever order they wrapped."""
+"""Prefixes that DistributedDataParallel and torch.compile add to names, in either order."""
 
 
 def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """Rename keys: the first rule (pattern, replacement) that matches a whole key applies; others keep their name."""
+    """Rename each key by the first rule (pattern, replacement) that matches all of it; other keys stay."""
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
     def new_name(key: str) -> str:
@@ -179,10 +194,10 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dic
 
 
 def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
-    """Concatenate, along their first axis, tensors whose keys differ in one part only.
+    """Concatenate, along the first axis, tensors whose keys differ in one dotted part only.
 
     ``fuse(state, ("wq", "wk", "wv"), "qkv")`` joins "a.wq.weight", "a.wk.weight" and "a.wv.weight" to "a.qkv.weight".
-    Where one of them is absent or of another shape all stay as they are, for ``load_strictly`` to name.
+    If one of them is absent or has another shape, all stay as they are, and ``load_strictly`` reports them.
     """
     fused = dict(state)
     first = re.compile(rf"(?<![^.]){re.escape(parts[0])}(?![^.])")
@@ -198,8 +213,8 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
 def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> dict[str, Tensor]:
     """The weights of a training checkpoint, each replaced by its moving average where the file has averages.
 
-    Averages are named ``prefix`` and the weight's name without its dots, as in latent diffusion's code; their own
-    entries go.
+    The key of an average is ``prefix`` plus the weight's key without its dots, as in the code of latent diffusion. The
+    result has no such keys.
 
     Raises:
         CheckpointError: some weights have averages and others have none.
@@ -215,22 +230,23 @@ def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> di
 
 
 FIRST_STAGE = "first_stage_model."
-"""What begins the names of a tokenizer's weights in the file of the transformer that was trained on its tokens."""
+"""Prefix of the tokenizer's weights in the file of a transformer that was trained on its tokens."""
 
 
 def first_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tokenizer's weights in a training file of taming-transformers' layout, without the networks of its losses:
-    the averaged ones where the file has averages; of a transformer's file the tokenizer inside it.
+    """The tokenizer's weights in a training checkpoint of taming-transformers, without the networks of its losses.
+
+    Averaged weights are taken if the file has them. In a transformer's file the tokenizer is the one inside it.
 
     Raises:
-        CheckpointError: averages of a part of the weights only.
+        CheckpointError: only a part of the weights has averages.
     """
     inside = {key.removeprefix(FIRST_STAGE): tensor for key, tensor in state.items() if key.startswith(FIRST_STAGE)}
     return with_averages(without_losses(inside or state))
 
 
 def second_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's weights in such a file, without the tokenizer inside it and the caches of sampling."""
+    """The transformer's weights in a checkpoint of taming-transformers, without its tokenizer and KV cache."""
     return {
         key.removeprefix("transformer."): tensor
         for key, tensor in state.items()
@@ -239,14 +255,14 @@ def second_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_losses(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without those of the losses (LPIPS, discriminator) that a training file carries beside the model."""
+    """The weights without those of losses (LPIPS, discriminator), which training checkpoints also hold."""
     return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Load ``state`` into ``model``, if it fits as ``check_state`` has it; else the model is left as it was.
+    """Check ``state`` by ``check_state``, then load it into ``model``; a model that it does not fit stays unchanged.
 
-    Works for a model on the meta device too (its parameters become the given tensors).
+    If the model is on the meta device, its parameters become the given tensors.
 
     Raises:
         CheckpointError: as ``check_state``.
@@ -256,16 +272,15 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Collection[str] = ()) -> None:
-    """Compare ``state`` with the state of ``model``: keys, shapes and kinds of numbers must be the model's, and no
-    number may be NaN.
+    """Check that ``state`` fits ``model``: its keys, shapes and kinds of numbers, and that no value is NaN.
 
     Args:
-        source: what the message calls the state.
-        optional: keys that it may lack.
+        source: name of the state in the error message.
+        optional: keys that the state may lack.
 
     Raises:
-        CheckpointError: lists missing keys, surplus keys, differing shapes, integers in place of floats, tensors with
-            NaN and parameters with infinities.
+        CheckpointError: the state does not fit; the message lists missing keys, surplus keys, differing shapes,
+            integers instead of floats, tensors with NaN, and parameters with infinities.
     """
     odd = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -299,7 +314,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
 
 
 def _is_sound(tensor: Tensor, finite: bool) -> bool:
-    """Whether a tensor has no NaN and, if it must be ``finite``, no infinity; a buffer may be a mask of infinities."""
+    """Whether a tensor has no NaN and, if ``finite``, no infinity; buffers may be masks with infinities."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
     if tensor.element_size() == 1:  # float8 has no comparisons

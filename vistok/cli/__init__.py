@@ -1,4 +1,4 @@
-"""The ``vistok`` command: parses, calls, prints. What is heavy is imported by the command that needs it."""
+"""The ``vistok`` command line. Each command imports heavy modules itself, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a failure that a user can act upon is one message and exit code 2."""
+    """Run the command line; an error that a user can fix prints one message and exits with code 2."""
     _show_logs()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _advise_after_interruption(end: SystemExit) -> None:
-    """After Ctrl-C, which typer turns into an exit: what the interrupted work says about going on."""
+    """After Ctrl-C, which typer turns into an exit, print the notes on how to resume the interrupted work."""
     cause: BaseException | None = end
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
@@ -71,13 +71,13 @@ def _advise_after_interruption(end: SystemExit) -> None:
 
 
 def _name_failed_thread(failure: threading.ExceptHookArgs) -> None:
-    """In place of a traceback: threads are those of libraries, such as the one that writes TensorBoard's events."""
+    """Print one line instead of a traceback: such threads belong to libraries, like TensorBoard's event writer."""
     if failure.exc_type is not SystemExit:
         errors.print(f"[yellow]Note:[/] a thread in the background ended: {escape(str(failure.exc_value))}")
 
 
 def _is_for_users(error: Exception) -> bool:
-    """Bad input and failing files, and the errors that vistok itself defines."""
+    """Whether an error is bad input, a failing file, or one of vistok's own error types."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("vistok.")
 
 
@@ -90,7 +90,7 @@ def _message(error: Exception) -> str:
 
 
 def _show_logs() -> None:
-    """vistok's own messages (images left out, weights dropped) go to standard error, as they come."""
+    """Send vistok's log messages (unreadable images, dropped weights) to standard error."""
     import logging
 
     from rich.logging import RichHandler

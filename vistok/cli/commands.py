@@ -1,4 +1,4 @@
-"""How commands are shown by --help: flags without a type, and paragraphs that fit the terminal."""
+"""How ``--help`` shows commands: flags without a type, and paragraphs that fit the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 def without_types_of_flags(parameters: Iterable[Any]) -> list[Any]:
-    """``--resume`` takes no value, and ``<bool>`` beside it looks as if it did."""
+    """Remove the ``<bool>`` beside flags such as ``--resume``, which take no value."""
     shown = list(parameters)
     for parameter in shown:
         if getattr(parameter, "is_flag", False) and parameter.metavar is None:
@@ -30,5 +30,5 @@ class Group(TyperGroup):
 
 
 def help_of(command: Any) -> str:
-    """The docstring of a command, whose lines are joined where a sentence goes on: the terminal breaks them."""
+    """The docstring of a command, with the lines of each paragraph joined; the terminal wraps them."""
     return re.sub(r"(?<![.\n])\n(?!\n)", " ", inspect.getdoc(command) or "")

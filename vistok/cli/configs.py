@@ -17,13 +17,13 @@ from vistok.cli.console import output, print_table
 def configs(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="A config, such as cifar10/vit, to print; or a part of names to list."),
+        typer.Argument(metavar="NAME", help="A config, such as cifar10/llama, to print; or a part of names to list."),
     ] = None,
     copy: Annotated[
         Path | None, typer.Option(help="Copy what is named into this folder, to change it there: --copy .")
     ] = None,
 ) -> None:
-    """List the configs that ship, print one, or copy some of them; `vistok train NAME` runs one."""
+    """List the shipped configs, print one, or copy some of them; `vistok train NAME` runs one."""
     from vistok.utils.recipes import find_recipe, recipes, summary
 
     found = [recipe for recipe in recipes() if name is None or name.removesuffix(".yaml") in recipe]
@@ -43,7 +43,7 @@ def configs(
 
 
 def _copy(found: list[tuple[str, Path]], folder: Path) -> None:
-    """Files that are there already are left as they are: nothing is copied then."""
+    """Copy configs into ``folder``; copy nothing if one of the files exists already."""
     targets = [(file, folder / f"{recipe}.yaml") for recipe, file in found]
     if len(targets) == 1:
         targets = [(found[0][1], folder / found[0][1].name)]

@@ -1,4 +1,4 @@
-"""``vistok convert``, ``pipeline`` and ``models``: what there is, and how official weights get in."""
+"""``vistok convert``, ``pipeline`` and ``models``: converting official weights, and listing all models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
-from vistok.utils.files import read_lines
+from vistok.utils.files import check_absent, read_lines
 
 
 def convert(
@@ -32,8 +32,7 @@ def convert(
     from vistok.checkpoints import official_name
     from vistok.utils.files import missing_file, read_json
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    check_absent(out)
     for path in (file, config):
         if path is not None and not path.is_file():
             raise FileNotFoundError(missing_file(path))
@@ -76,8 +75,7 @@ def pipeline(
     from vistok.config import override
     from vistok.pipelines import assemble
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    check_absent(out)
     names = read_lines(classes) if classes is not None else None
     pipe = assemble(
         tokenizer,
@@ -98,8 +96,8 @@ def models(
         str | None, typer.Argument(metavar="WORD", help="Only what has this word in its names: generator, 2406.06525.")
     ] = None,
 ) -> None:
-    """List models: sizes, recipes, official checkpoints and what they go with, licences, papers."""
-    # Not by vistok.checkpoints, which imports torch.
+    """List models: sizes, recipes, papers, licences, and official checkpoints with their tokenizers."""
+    # Read as JSON, since vistok.checkpoints imports torch.
     found = json.loads((files("vistok") / "checkpoints" / "catalogue.json").read_text(encoding="utf-8"))
     recipes = _recipes()
     systems = Table("system", "in configs", "kind", "parameters", "recipes", "licence of code", "arXiv", box=SIMPLE)
@@ -142,7 +140,7 @@ def _has(word: str | None, texts: list[str]) -> bool:
 
 
 def _recipes() -> dict[str, list[str]]:
-    """The shipped configs by the model that they train."""
+    """Names of shipped configs by the name of the model that they train."""
     from vistok.utils.recipes import models_of_configs
 
     found: dict[str, list[str]] = {}

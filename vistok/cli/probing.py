@@ -1,8 +1,7 @@
-"""``vistok probe`` and ``vistok compare``: tokenizers judged cheaply, one or several."""
+"""``vistok probe`` and ``vistok compare``: quick evaluations of one tokenizer or several."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,16 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.cli.console import (
+    Commands,
+    Device,
+    Environment,
+    allowed_by,
+    command_line,
+    errors,
+    output,
+    print_table,
+)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="data.KEY=VALUE", help="Other images: data.root=photos/")
@@ -21,10 +29,10 @@ TestImages = Annotated[int, typer.Option(help="Held-out images that everything i
 TrainSplit = Annotated[str, typer.Option(help="Split of the data that is fitted to.")]
 TestSplit = Annotated[str, typer.Option(help="Split of the data that is scored on.")]
 Network = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="What distances are measured by: efficientnet_lite0 (extra: teachers), inception (rFID), or none; of "
-        "clips i3d."
+        help="What distances are measured by: efficientnet_lite0 (the default, extra: teachers), inception (rFID), or "
+        "none; of clips i3d, i3d_torchscript (runs the code in --weights), or none (the default)."
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Local file with that network's weights.")]
@@ -48,7 +56,7 @@ def probe(
     test_images: TestImages = 10_000,
     train_split: TrainSplit = "train",
     test_split: TestSplit = "test",
-    network: Network = "efficientnet_lite0",
+    network: Network = None,
     weights: Weights = None,
     lpips_weights: LpipsWeights = None,
     generator: Generator = None,
@@ -57,9 +65,9 @@ def probe(
     allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
-    """Judge a tokenizer cheaply: reconstructions, use of its codes, and a small generator on its tokens.
+    """Evaluate a tokenizer quickly: reconstructions, use of its codes, and a small generator on its tokens.
 
-    With data.num_frames a tokenizer of images is judged on clips, frame by frame.
+    With data.num_frames a tokenizer of images is evaluated on clips, frame by frame.
     """
     from vistok.probing import probe as judge
 
@@ -80,8 +88,8 @@ def probe(
             seed=seed,
         ),
         device=device,
-        command=_command(),
-        allowed=_allowed(allow_commands, allow_environment),
+        command=command_line(),
+        allowed=allowed_by(allow_commands, allow_environment),
     )
     _print([result], out)
 
@@ -95,7 +103,7 @@ def compare(
     test_images: TestImages = 2000,
     train_split: TrainSplit = "train",
     test_split: TestSplit = "test",
-    network: Network = "efficientnet_lite0",
+    network: Network = None,
     weights: Weights = None,
     lpips_weights: LpipsWeights = None,
     generator: Generator = None,
@@ -104,7 +112,7 @@ def compare(
     allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
-    """Set several tokenizers side by side on one set of images: rate, distortion, distances, probes, speed.
+    """Compare several tokenizers on one set of images: rate, distortion, distances, probes, speed.
 
     The images are those of the first tokenizer's run, or those that --set names.
     """
@@ -127,8 +135,8 @@ def compare(
             seed=seed,
         ),
         device=device,
-        command=_command(),
-        allowed=_allowed(allow_commands, allow_environment),
+        command=command_line(),
+        allowed=allowed_by(allow_commands, allow_environment),
     )
     _print(result["tokenizers"], out)
 
@@ -144,20 +152,8 @@ def _settings(weights: Path | None, lpips_weights: Path | None, generator: list[
     )
 
 
-def _command() -> str:
-    import shlex
-
-    return f"vistok {shlex.join(sys.argv[1:])}"
-
-
-def _allowed(commands: bool, environment: bool) -> Any:
-    from vistok.config import Allowed
-
-    return Allowed(commands=commands, environment=environment)
-
-
 def _print(results: list[dict[str, Any]], out: Path) -> None:
-    """A row per measure and a column per tokenizer, which fits a terminal better than the other way round."""
+    """Print a row per measure and a column per tokenizer, which fits a terminal better than the transpose."""
     from vistok.probing.report import table, warnings_of
 
     rows = table(results)

@@ -1,4 +1,4 @@
-"""``vistok sample``, ``reconstruct`` and ``caption``: models at work."""
+"""``vistok sample``, ``pairs``, ``reconstruct``, ``demo`` and ``caption``: commands that run trained models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vistok.cli.console import Commands, Device, Dtype, Environment, output
+from vistok.cli.console import Commands, Device, Dtype, Environment, allowed_by, output
 from vistok.utils.files import read_lines
 
 
@@ -53,7 +53,7 @@ def sample(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
+    """Generate images: a PNG each, an overview grid.png, and samples.json with all settings.
 
     Sampling options that are not given are those saved with the pipeline.
 
@@ -107,14 +107,14 @@ def pairs(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate images of partly real tokens, beside the real ones: what a tokenizer is post-trained on.
+    """Generate images of partly real tokens, paired with the real images, for the post-training of a tokenizer.
 
-    A tokenizer learns from them with data.root=PAIRS/generated data.target_root=PAIRS/real; see
+    To train a tokenizer on the pairs: data.root=PAIRS/generated data.target_root=PAIRS/real; see
     `vistok configs cifar10/post_training`.
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok pairs …
     """
-    from vistok.config import Allowed, override
+    from vistok.config import override
     from vistok.pipelines import pipeline
     from vistok.pipelines.pairs import write_pairs
     from vistok.pipelines.runs import data_of_run
@@ -123,7 +123,7 @@ def pairs(
     processes = Processes.join()
     pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
     of_data = [text for text in overrides or () if text.startswith("data.")]
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     record = write_pairs(
         pipe,
         data_of_run(run, of_data, input_shape=pipe.tokenizer.input_shape, allowed=allowed),
@@ -144,7 +144,10 @@ def reconstruct(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="Image files, cropped to the right size; or folders."),
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files (videos, for a tokenizer of clips), cropped to the right size; or folders.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
         "reconstruction.png"
@@ -166,7 +169,8 @@ def reconstruct(
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
     check_needs_no_text(run, tokenizer, "image files")
-    images = [image for given in images for image in _image_files(given)]
+    of_clips = len(tokenizer.input_shape) == 4
+    images = [file for given in images for file in _files(given, of_clips=of_clips)]
     if tokens is not None:
         lengths = _whole_numbers(tokens, "--tokens")
         for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
@@ -186,9 +190,9 @@ def demo(
     max_upload: Annotated[float, typer.Option(metavar="MB", help="Larger uploads are refused.")] = 10,
     device: Device = None,
 ) -> None:
-    """Try runs in a browser: generate, reconstruct a picture, look at its tokens and swap them.
+    """Try runs in a browser: generate images, reconstruct an image, look at its tokens and swap them.
 
-    It listens on this machine alone unless --host says otherwise, and keeps no files of its visitors.
+    The demo listens on this machine only, unless --host says otherwise, and keeps no files of visitors.
     """
     from vistok.demo import launch
 
@@ -196,20 +200,25 @@ def demo(
 
 
 FROM_FOLDER = 16
-"""Images of a folder that are looked at."""
+"""The most files of a folder that are read."""
 
 
-def _image_files(path: Path) -> list[Path]:
-    """The image or video itself; of a folder its first files, wherever they lie in it."""
+def _files(path: Path, *, of_clips: bool = False) -> list[Path]:
+    """A file itself; of a folder the first image files, or videos, in it and in its subfolders."""
     from vistok.data.formats import is_image
+    from vistok.data.video_files import is_frame_folder, videos_below
 
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
+    if of_clips:
+        found = [path] if is_frame_folder(path) else videos_below(path)
+    else:
+        found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
+    what = "videos" if of_clips else "image files"
     if not found:
-        raise FileNotFoundError(f"there are no image files in {path}")
+        raise FileNotFoundError(f"there are no {what} in {path}")
     if len(found) > FROM_FOLDER:
-        output.print(f"{escape(str(path))} has {len(found):,} images; these are the first {FROM_FOLDER}")
+        output.print(f"{escape(str(path))} has {len(found):,} {what}; these are the first {FROM_FOLDER}")
     return found[:FROM_FOLDER]
 
 
@@ -220,15 +229,15 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
     device: Device = None,
 ) -> None:
-    """Say in words what images show, a line for each."""
-    from vistok.data.decoding import Decoder
+    """Describe images in words, a line for each."""
+    from vistok.data.decoding import ImageDecoder
     from vistok.data.pictures import open_picture
     from vistok.pipelines import pipeline
 
     pipe = pipeline(run, device=device)
     channels, side, _ = pipe.tokenizer.image_shape("captioning files")
-    decoder = Decoder(channels, side=side)
-    files = [file for path in images for file in _image_files(path)]
+    decoder = ImageDecoder(channels, side=side)
+    files = [file for path in images for file in _files(path)]
     pictures = [open_picture(file, decoder) for file in files]
     for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
         line = "".join(letter if letter.isprintable() else " " for letter in text)
@@ -236,7 +245,7 @@ def caption(
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:
-    """The prompts of the command line, and the lines of a file that are not empty."""
+    """The prompts of the command line, followed by the nonempty lines of ``file``."""
     if not given and file is None:
         return None
     lines = read_lines(file) if file is not None else []

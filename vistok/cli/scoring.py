@@ -1,9 +1,8 @@
-"""``vistok eval`` and ``benchmark``: scores, and what they depend on."""
+"""``vistok eval`` and ``benchmark``: scores, with everything that they depend on."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,7 +11,26 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Commands, Device, Dtype, Environment, errors, output, print_table
+from vistok.cli.console import (
+    Commands,
+    Device,
+    Dtype,
+    Environment,
+    allowed_by,
+    command_line,
+    errors,
+    output,
+    print_table,
+)
+
+TorchScript = Annotated[
+    bool,
+    typer.Option(
+        "--torchscript",
+        help="For clips: --weights is a TorchScript file, such as i3d_torchscript.pt. The code in it is run: say so "
+        "only of a file that you trust.",
+    ),
+]
 
 
 def evaluate(
@@ -51,6 +69,7 @@ def evaluate(
     weights: Annotated[
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
+    torchscript: TorchScript = False,
     lpips_weights: Annotated[
         Path | None, typer.Option(help="For reconstructions: local file with all LPIPS weights; no LPIPS without.")
     ] = None,
@@ -74,96 +93,70 @@ def evaluate(
     A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
     processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
-    from vistok.config import Allowed
     from vistok.eval.video_protocols import is_video_protocol
     from vistok.pipelines.runs import holds_generator, holds_tokenizer_only
     from vistok.utils.files import write_json
     from vistok.utils.processes import Processes
 
     processes = Processes.join()
-    if split is not None and make_reference is None:
-        raise typer.BadParameter("it goes with --make-reference", param_hint="--split")
+    given = {
+        "--reference": reference,
+        "--protocol": protocol,
+        "--metrics": metrics,
+        "--weights": weights,
+        "--torchscript": torchscript or None,
+        "--lpips-weights": lpips_weights,
+        "--crop": crop,
+        "--make-reference": make_reference,
+        "--split": split,
+    }
+    work: dict[str, Any] = {"batch_size": batch_size, "device": device, "processes": processes}
+    allowed = allowed_by(allow_commands, allow_environment)
+    if make_reference is None:
+        _refuse(given, "--split", why="it goes with --make-reference")
     if holds_tokenizer_only(what):
         from vistok.pipelines.evaluations import score_tokenizer
 
-        for option, value in (("--metrics", metrics), ("--crop", crop), ("--make-reference", make_reference)):
-            if value is not None:
-                raise typer.BadParameter(f"{what} is a tokenizer, which is scored without it", param_hint=option)
-
+        why = f"{what} is a tokenizer, which is scored without it"
+        _refuse(given, "--metrics", "--crop", "--make-reference", why=why)
         result = score_tokenizer(
             what,
             overrides or (),
             reference=reference,
             protocol=protocol,
             weights=weights,
+            torchscript=torchscript,
             lpips_weights=lpips_weights,
-            batch_size=batch_size,
-            device=device,
-            processes=processes,
-            allowed=Allowed(commands=allow_commands, environment=allow_environment),
+            allowed=allowed,
+            **work,
         )
     elif overrides and holds_generator(what):
         from vistok.pipelines.evaluations import score_generated_ids
 
-        for option, given in (
-            ("--reference", reference),
-            ("--protocol", protocol),
-            ("--metrics", metrics),
-            ("--crop", crop),
-            ("--make-reference", make_reference),
-        ):
-            if given is not None:
-                raise typer.BadParameter(f"{what} generates ids, which are scored without it", param_hint=option)
-        result = score_generated_ids(
-            what,
-            overrides,
-            batch_size=batch_size,
-            device=device,
-            allowed=Allowed(commands=allow_commands, environment=allow_environment),
-        )
+        _refuse(given, *given, why=f"{what} generates ids, which are scored without it")
+        result = score_generated_ids(what, overrides, batch_size=batch_size, device=device, allowed=allowed)
     elif overrides:
         raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
     elif make_reference is not None:
-        from vistok.pipelines.evaluations import make_reference_file
-
-        told = make_reference_file(
-            what,
-            make_reference,
-            protocol=protocol or "torch-fidelity",
-            weights=weights,
-            split=split,
-            crop=crop,
-            batch_size=batch_size,
-            device=device,
-            processes=processes,
+        _refuse(
+            given, "--reference", "--metrics", "--torchscript", "--lpips-weights", why="a reference is made without it"
         )
-        if processes.is_first:
-            made = f"{escape(str(make_reference))} stands for {told.count:,} images"
-            output.print(f"The reference {made} (fingerprint {str(told.fingerprint)[:12]}…)")
+        _make_reference(what, make_reference, protocol=protocol, weights=weights, split=split, crop=crop, **work)
         return
     elif protocol is not None and is_video_protocol(protocol):
         from vistok.pipelines.evaluations import score_clips
 
-        for option, value in (("--metrics", metrics), ("--crop", crop), ("--lpips-weights", lpips_weights)):
-            if value is not None:
-                raise typer.BadParameter("clips are scored without it", param_hint=option)
+        _refuse(given, "--metrics", "--crop", "--lpips-weights", why="clips are scored without it")
         if reference is None:
             raise typer.BadParameter("clips need some to be compared with", param_hint="--reference")
-        result = score_clips(
-            what,
-            reference,
-            protocol=protocol,
-            weights=weights,
-            batch_size=batch_size,
-            device=device,
-            processes=processes,
-        )
+        result = score_clips(what, reference, protocol=protocol, weights=weights, torchscript=torchscript, **work)
     else:
-        if reference is None:
-            raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
         from vistok.eval import evaluate as score
         from vistok.pipelines.evaluations import open_lpips
 
+        _refuse(given, "--torchscript", why="it is for clips; networks of images are read without it")
+        if reference is None:
+            raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
         result = score(
             what,
             reference,
@@ -172,9 +165,7 @@ def evaluate(
             weights=weights,
             lpips=open_lpips(lpips_weights),
             crop=crop,
-            batch_size=batch_size,
-            device=device,
-            processes=processes,
+            **work,
         )
     if not processes.is_first:
         return
@@ -183,6 +174,22 @@ def evaluate(
     if out is not None:
         write_json(out, result)
         output.print(f"Everything these scores depend on is in {escape(str(out))}")
+
+
+def _refuse(given: Mapping[str, Any], *options: str, why: str) -> None:
+    """Refuse the first of ``options`` that was given."""
+    for option in options:
+        if given[option] is not None:
+            raise typer.BadParameter(why, param_hint=option)
+
+
+def _make_reference(images: str, path: Path, *, protocol: str | None, processes: Any, **options: Any) -> None:
+    from vistok.pipelines.evaluations import make_reference_file
+
+    told = make_reference_file(images, path, protocol=protocol or "torch-fidelity", processes=processes, **options)
+    if processes.is_first:
+        made = f"{escape(str(path))} stands for {told.count:,} images"
+        output.print(f"The reference {made} (fingerprint {str(told.fingerprint)[:12]}…)")
 
 
 def benchmark(
@@ -234,6 +241,7 @@ def benchmark(
     weights: Annotated[
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
+    torchscript: TorchScript = False,
     eval_size: Annotated[
         int | None, typer.Option(help="Resize images to this side first (bicubic), as some papers do from 384 to 256.")
     ] = None,
@@ -244,13 +252,11 @@ def benchmark(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate many images or clips, keep their features, and score them; the same command continues it.
+    """Generate many images or clips, keep their features, and score them; repeat the command to continue a stopped one.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark … (with --num-images: torchrun
     takes --num for an option of its own).
     """
-    import shlex
-
     from vistok.config import override
     from vistok.eval.benchmark import benchmark as measure
     from vistok.eval.video_protocols import is_video_protocol
@@ -273,26 +279,26 @@ def benchmark(
         "batch_size": batch_size,
         "device": device,
         "processes": processes,
-        "command": f"vistok {shlex.join(sys.argv[1:])}",
+        "command": command_line(),
     }
     if len(pipe.tokenizer.input_shape) == 4:
-        for option, value in (
-            ("--labels", labels),
-            ("--eval-size", eval_size),
-            ("--save-npz", save_npz or None),
-            ("--guidance-search", guidance_search or None),
-        ):
-            if value is not None:
-                raise typer.BadParameter("it is for images; this pipeline generates clips", param_hint=option)
+        of_images = {
+            "--labels": labels,
+            "--eval-size": eval_size,
+            "--save-npz": save_npz or None,
+            "--guidance-search": guidance_search or None,
+        }
+        _refuse(of_images, *of_images, why="it is for images; this pipeline generates clips")
         if not is_video_protocol(protocol):
             raise typer.BadParameter(_clip_protocols(pipe.tokenizer.input_shape), param_hint="--protocol")
-        result = measure_clips(pipe, out, num_clips=num, protocol=protocol, **given)
+        result = measure_clips(pipe, out, num_clips=num, protocol=protocol, torchscript=torchscript, **given)
     else:
+        _refuse({"--torchscript": torchscript or None}, "--torchscript", why="it is for clips")
         result = measure(
             pipe,
             out,
             num_images=50_000 if num is None else num,
-            labels=cast(Any, labels),  # which is checked there
+            labels=cast(Any, labels),  # measure checks it
             protocol=protocol or "adm",
             search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
             eval_size=eval_size,
@@ -316,7 +322,7 @@ def _clip_protocols(shape: tuple[int, ...]) -> str:
 
 
 def _search_start(pipe: Any, sampling: dict[str, Any], start: float | None) -> float:
-    """Where a search of the guidance scale begins."""
+    """The guidance scale at which a search begins."""
     own = getattr(pipe.options(**sampling), "guidance_scale", None)
     if own is None:
         raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to search")
@@ -344,7 +350,7 @@ def _print_scores(result: dict[str, Any]) -> None:
 
 
 def _print_sweep(result: dict[str, Any]) -> None:
-    """One table: a row for each setting, the best one marked."""
+    """Print a table with a row for each setting; the best one is marked."""
     from vistok.eval.report import best_run, score_rows
 
     runs = result["runs"]
@@ -367,7 +373,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
 
 
 def _number(value: float | None, absent: str = "infinite") -> str:
-    """Four decimals, and more of what is small, such as kernel distances."""
+    """Format with four decimals, or four significant digits for small values such as kernel distances."""
     if value is None:
         return absent
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""``vistok train``, ``quickstart``, and the token caches between the two stages."""
+"""``vistok quickstart``, ``train`` and ``report``, and ``tokenize`` and ``import-tokens``, which make token caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.cli.console import Commands, Device, Environment, allowed_by, errors, output, print_table
 from vistok.utils.files import read_lines
 from vistok.utils.recipes import find_recipe, recipes
 
@@ -23,7 +23,7 @@ def quickstart(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
-    """The whole chain on embedded digits, in five to ten minutes on a CPU, without a network.
+    """Run the whole chain on embedded digits, in three to seven minutes on two cores, offline.
 
     Trains a tokenizer and a generator, samples, scores the samples, and writes report.html.
     """
@@ -60,27 +60,27 @@ def train(
 ) -> None:
     """Train a tokenizer on images, or a generator on the tokens of one.
 
-    The config says what is trained, on what, and in which folder (output_dir) the run goes.
+    The config names the model, the data, and the folder of the run (output_dir).
 
     On several GPUs: accelerate launch -m vistok train … (add --use_fsdp --fsdp_version 2 to shard the model), or
     torchrun -m vistok train …
     """
     if resume + dry_run + profile > 1:
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
-    from vistok.config import Allowed, load_config
+    from vistok.config import load_config
     from vistok.train.tasks import any_config
 
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:
         _profile(values)
     else:
-        _train(values, resume)
+        _train(values, resume=resume)
 
 
-def _train(config: dict[str, Any], resume: bool) -> None:
+def _train(config: dict[str, Any], *, resume: bool) -> None:
     from vistok.train import TrainingInterrupted
     from vistok.train import train as run
     from vistok.utils.processes import is_first_process
@@ -90,7 +90,7 @@ def _train(config: dict[str, Any], resume: bool) -> None:
     except TrainingInterrupted as stop:
         if is_first_process():
             errors.print(escape(str(stop)))
-        # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
+        # SIGTERM from a scheduler is a normal end. After Ctrl-C the shell must not run the next command of a script.
         raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
     if is_first_process():
         output.print(f"The run is in {escape(str(folder))}")
@@ -138,7 +138,7 @@ def _profile(config: dict[str, Any]) -> None:
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
 ) -> None:
-    """Make the report.html of a training run again: of an interrupted one, or after images were added.
+    """Write the report.html of a training run again: of an interrupted run, or after images were added.
 
     Training writes it at its end.
     """
@@ -195,11 +195,10 @@ def tokenize(
     allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
-    """Turn images into a cache of tokens, which generators train on.
+    """Encode images into a cache of tokens, which generators train on.
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
-    from vistok.config import Allowed
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.text import PromptEncoder, open_text_encoder, open_text_tokenizer
@@ -209,7 +208,7 @@ def tokenize(
 
     processes = Processes.join()
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
     if text_dtype not in ("float16", "float32"):
         raise ValueError(f"--text-dtype is float16 or float32, not {text_dtype!r}")
@@ -255,7 +254,7 @@ def import_tokens(
         typer.Option(help="Text file with a class name a line; the cache's or the ids by default."),
     ] = None,
 ) -> None:
-    """Turn the tokens that another codebase has cached into a cache that generators train on.
+    """Convert tokens that another codebase has cached into a cache that generators train on.
 
     llamagen: a folder with NAME_codes/*.npy and NAME_labels/*.npy.
     mar: a folder with CLASS/NAME.npz, moments and moments_flip.

@@ -1,4 +1,4 @@
-"""Images and cached tokens, in batches that depend on nothing but seed, epoch and position."""
+"""Images and cached tokens, in batches that depend only on seed, epoch and position."""
 
 from vistok.data.config import Affine, DataConfig
 from vistok.data.loader import (

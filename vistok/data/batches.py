@@ -1,4 +1,4 @@
-"""What readers hand over: the pixels of a batch, and what could not be read."""
+"""What batch readers return: the pixels of a batch, and the samples that could not be read."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 Failures = dict[int, str]
-"""Samples that could not be read: index to name and reason."""
+"""Samples that could not be read: from the index to a text with name and reason."""
 
 
 class ImageBatch(NamedTuple):
-    """Images or clips of one batch.
+    """A batch of images or clips.
 
     Attributes:
-        pixels: (B, C, H, W), or (B, C, T, H, W) of clips, float32 in [-1, 1].
+        pixels: images (B, C, H, W) or clips (B, C, T, H, W), float32 in [-1, 1].
         labels: (B,) int64; -1 where the source has no classes.
         indices: (B,) int64, positions in the source.
-        target: what to reconstruct from the pixels, of their shape, where it is something else.
+        target: the pixels to reconstruct, in the shape of ``pixels``; None if these are ``pixels`` themselves.
     """
 
     pixels: Tensor

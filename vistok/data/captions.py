@@ -1,8 +1,9 @@
 """Texts that describe images: where each source keeps them, and how they are read.
 
-A folder or .zip has ``captions.jsonl``, of the whole or of a split, with an object a line: ``file_name`` (relative to
-the file's own folder) and ``text`` (one text, or a list of several). Shards have a ``.txt`` file per sample, or
-"caption" or "text" in its ``.json``. Data sets of the hub have a column of texts. Digits are spelled out.
+A folder or .zip has a ``captions.jsonl`` at its top or in a split. Each line is an object with ``file_name`` (relative
+to the folder of ``captions.jsonl``) and ``text`` (one text, or a list of several). An image that it does not name may
+have a ``.txt`` file of its name beside it. Shards have a ``.txt`` file per sample, or "caption" or "text" in its
+``.json`` file. Data sets of the hub have a column of texts. Digits are spelled out.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
-from vistok.data.formats import extension
+from vistok.data.formats import TEXT, extension, without_extension
 from vistok.data.tar import contents, keys_of, open_member
 from vistok.utils.files import is_utf8
 
 log = logging.getLogger(__name__)
 
 TEXT_KEYS = ("caption", "text")
-"""Where a sample's .json file has its text."""
+"""Keys of a sample's .json file that may hold its text; the first one that is there counts."""
 LONGEST = 1 << 20
 """Bytes of a line of captions, or of a sample's file, at most."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,7 +33,7 @@ Captions = tuple[str, ...]
 
 
 class Captioned(Protocol):
-    """A source of images, as far as their texts go."""
+    """The part of a source of images that captions need."""
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -44,12 +45,45 @@ class CaptionError(ValueError):
     """A file of captions that cannot be read."""
 
 
-def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
-    """The captions of a folder's images by their paths: of ``captions.jsonl`` in ``prefix`` (a split), or at the top.
+class FolderCaptions:
+    """The captions of a folder's images.
+
+    A ``captions.jsonl`` at the top, and the one in ``prefix`` (the folder of a split), are read at once; ``.txt`` files
+    when they are asked for.
 
     Raises:
-        CaptionError: a line that is no object with ``file_name`` and ``text``, or an archive's entry that is damaged.
+        CaptionError: a line of ``captions.jsonl`` is no object with ``file_name`` and ``text``, or the file is damaged.
     """
+
+    def __init__(self, tree: FileTree, prefix: str) -> None:
+        self._tree = tree
+        self._listed = _listed_captions(tree, prefix)
+        self._texts = {without_extension(path): path for path in tree.others() if extension(path) == TEXT}
+
+    def of(self, image: str) -> Captions:
+        """The captions of the image with this path: those that are listed, else the text beside it.
+
+        Raises:
+            CaptionError: the .txt file cannot be read, or is not UTF-8.
+        """
+        if image in self._listed:
+            return self._listed[image]
+        path = self._texts.get(without_extension(image))
+        if path is None:
+            return ()
+        try:
+            with self._tree.open(path) as file:
+                content = file.read(LONGEST + 1)
+            if len(content) > LONGEST:
+                raise ValueError(f"it has more than {LONGEST:,} bytes")
+            return texts_of(content.decode("utf-8-sig"))
+        except (OSError, ValueError, *UNPACKING_ERRORS) as error:
+            where = printable(f"{self._tree.root}/{path}")
+            raise CaptionError(f"{where} holds no caption: {error}") from error
+
+
+def _listed_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
+    """The captions of ``captions.jsonl`` by the path of the image."""
     captions: dict[str, Captions] = {}
     for folder in dict.fromkeys(("", prefix)):
         if folder + CAPTIONS in tree.others():
@@ -86,11 +120,11 @@ def _read_lines(file: IO[bytes], where: str, folder: str) -> dict[str, Captions]
 
 
 def texts_of(value: Any) -> Captions:
-    """One text or several as a tuple, without empty ones; None is none.
+    """One text, several texts or None as a tuple without empty texts.
 
     Raises:
-        TypeError: something else.
-        ValueError: a text that is no Unicode.
+        TypeError: ``value`` is something else.
+        ValueError: a text is not valid Unicode.
     """
     if value is None:
         return ()
@@ -104,20 +138,20 @@ def texts_of(value: Any) -> Captions:
 
 
 class ShardCaptions:
-    """The captions in tar shards, which are walked through when a shard's first caption is asked for."""
+    """The captions in tar shards. A shard is indexed when its first caption is read."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = shards
         self._places: dict[int, dict[str, tuple[int, int]]] = {}
 
     def of(self, shard: int, image: str) -> Captions:
-        """The captions of the image of this name in a shard: its .txt file, else what its .json file says.
+        """The captions of the image with this name in a shard: from its .txt file, else from its .json file.
 
         Raises:
-            CaptionError: a damaged .json file, or a text that is not UTF-8.
+            CaptionError: the .json file is damaged, or a text is not UTF-8.
         """
         path = self._shards[shard]
-        for key, kind in itertools.product(keys_of(image), (".txt", ".json")):
+        for key, kind in itertools.product(keys_of(image), (TEXT, ".json")):
             place = self._index(shard).get(key + kind)
             if place is None:
                 continue
@@ -128,7 +162,7 @@ class ShardCaptions:
                     f"{path}:{printable(key)}{kind} has more than {LONGEST:,} bytes; a caption is shorter"
                 )
             try:
-                texts = texts_of(content.decode("utf-8-sig") if kind == ".txt" else _of_json(content))
+                texts = texts_of(content.decode("utf-8-sig") if kind == TEXT else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:
                 raise CaptionError(f"{path}:{printable(key)}{kind} holds no caption: {error}") from error
             if texts:
@@ -136,13 +170,13 @@ class ShardCaptions:
         return ()
 
     def _index(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Offset and size of the .txt and .json files of a shard, by their names."""
+        """Offset and size of each .txt and .json file of a shard, by name, with the extension in lower case."""
         if shard not in self._places:
             named = contents(self._shards[shard]).files.items()
             self._places[shard] = {
-                name[: -len(extension(name))] + extension(name): (member.offset_data, member.size)
+                without_extension(name) + extension(name): (member.offset_data, member.size)
                 for name, member in named
-                if extension(name) in (".txt", ".json")
+                if extension(name) in (TEXT, ".json")
             }
         return self._places[shard]
 
@@ -162,12 +196,12 @@ def spell_digit(digit: int, how: str = "") -> Captions:
 
 
 def class_caption(name: str) -> Captions:
-    """A class's name as a text; of ImageNet's synonyms ("tench, Tinca tinca") each is one."""
+    """The name of a class as texts: each of ImageNet's synonyms ("tench, Tinca tinca") is a text of its own."""
     return tuple(dict.fromkeys(part.strip().replace("_", " ") for part in name.split(",") if part.strip()))
 
 
 def captions_of(source: Captioned, kind: Literal["own", "class_names"], index: int, label: int) -> Captions:
-    """The texts of an image with a label: its ``own`` captions, or its class's name."""
+    """The texts of an image: its ``own`` captions, or the name of its class (none if ``label`` is -1)."""
     if kind == "own":
         return source.captions(index)
     return class_caption(source.classes[label]) if label >= 0 else ()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vistok.data.sources import hash_lines
-from vistok.data.videos import UnreadableClipError
+from vistok.data.videos import UnreadableClipError, Video
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +28,15 @@ class ClipSource(ABC):
 
     @abstractmethod
     def length(self, index: int) -> int:
-        """Frames of a video. Raises UnreadableClipError for a damaged one."""
+        """Number of frames of a video. Raises UnreadableClipError if it is damaged."""
 
     @abstractmethod
     def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        """Frames (n, H, W, 1 or 3) uint8 of a video. Raises UnreadableClipError for a damaged one."""
+        """Frames (n, H, W, 1 or 3) uint8 of a video. Raises UnreadableClipError if it is damaged."""
 
     @abstractmethod
     def label(self, index: int) -> int:
-        """The class of a video; -1 without classes."""
+        """The class of a video; -1 if the source has no classes."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The texts that describe a video; most sources have none."""
@@ -51,8 +51,30 @@ class ClipSource(ABC):
         """A hash that changes when the source holds other videos (names and sizes, not contents)."""
 
 
+class OpenedClips(ClipSource):
+    """A source whose videos are opened one at a time."""
+
+    _last: tuple[int, Video] | None = None
+
+    @abstractmethod
+    def open(self, index: int) -> Video:
+        """Open a video. Raises UnreadableClipError if it is damaged."""
+
+    def video(self, index: int) -> Video:
+        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self.open(index)
+        return self._last[1]
+
+    def length(self, index: int) -> int:
+        return len(self.video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self.video(index).read(frames)
+
+
 class SelectedClips(ClipSource):
-    """Some of a source's videos, by their indices there."""
+    """The videos of a source at ``indices``."""
 
     def __init__(self, source: ClipSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -70,6 +92,9 @@ class SelectedClips(ClipSource):
     def label(self, index: int) -> int:
         return self.source.label(self.indices[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self.indices[index])
+
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
 
@@ -78,7 +103,7 @@ class SelectedClips(ClipSource):
 
 
 class InMemoryClips(ClipSource):
-    """A source whose videos are decoded once and kept whole: for small frames."""
+    """A source whose videos are decoded once and kept in memory at full size; meant for small frames."""
 
     def __init__(self, source: ClipSource) -> None:
         self._source, self.classes = source, source.classes
@@ -108,6 +133,9 @@ class InMemoryClips(ClipSource):
 
     def label(self, index: int) -> int:
         return self._source.label(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
 
     def name(self, index: int) -> str:
         return self._source.name(index)

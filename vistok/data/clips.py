@@ -1,6 +1,6 @@
-"""Clips: which frames of a video are taken, what is done to them, and batches of them.
+"""Clips: the choice of frames from a video, their transforms, and batches of clips.
 
-A clip is ``num_frames`` frames that lie ``frame_stride`` apart. All its frames are resized, cropped and mirrored alike.
+A clip is ``num_frames`` frames that lie ``frame_stride`` apart. All its frames get the same resizing, crop and flip.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.config import check_least
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.clip_sources import ClipSource
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
+from vistok.signatures import check_least
 
 Start = Literal["random", "center", "first"]
 
 
 @dataclass(frozen=True)
 class ClipTransform:
-    """Which frames make a clip, and what is done to them.
+    """Chooses the frames of a clip, and turns them into pixels.
 
     Attributes:
         num_frames: frames of a clip.
         image_size: side of the frames.
-        frame_stride: how far apart they lie in the video; 1 takes consecutive ones.
-        start: "random", "center" or "first" of the places where the clip fits.
-        short: videos with too few frames: "repeat" the last frame, or "refuse".
-        crop: "center" or "random" crop after the short side became ``image_size``, or "resize" without regard to the
-            aspect; bilinear and antialiased.
+        frame_stride: distance of the frames in the video; 1 takes consecutive ones.
+        start: "random", "center" or "first" of the positions where the clip fits.
+        short: for videos with too few frames: "repeat" the last frame, or "refuse".
+        crop: "center" or "random" crop after the short side is resized to ``image_size``; or "resize" both sides,
+            whatever the aspect ratio. Resizing is bilinear and antialiased.
         flip: mirror half of the clips.
         channels: 3 (RGB) or 1 (grey).
     """
@@ -61,19 +61,22 @@ class ClipTransform:
 
     @property
     def span(self) -> int:
-        """Frames of the video from the first to the last of a clip."""
+        """How many frames of the video a clip covers, from its first to its last."""
         return (self.num_frames - 1) * self.frame_stride + 1
 
     def without_augmentation(self) -> ClipTransform:
-        """The same clips for evaluation: from the middle, not mirrored."""
+        """The transform that evaluation uses: centre instead of random starts and crops, nothing mirrored."""
         crop = "center" if self.crop == "random" else self.crop
         return replace(self, start="center" if self.start == "random" else self.start, crop=crop, flip=False)
 
     def frames(self, length: int, uniform: float = 0.5) -> list[int]:
-        """Which frames of a video of ``length`` make the clip; ``uniform`` in [0, 1) is the random start.
+        """The indices of a clip's frames in a video of ``length`` frames.
+
+        Args:
+            uniform: in [0, 1); chooses a random start.
 
         Raises:
-            ValueError: too few frames, where those are refused.
+            ValueError: too few frames, and ``short`` is "refuse".
         """
         if length < self.span and self.short == "refuse":
             raise ValueError(
@@ -87,7 +90,8 @@ class ClipTransform:
     def pixels(self, frames: np.ndarray, uniforms: Sequence[float] = (0.5, 0.5, 1.0)) -> Tensor:
         """Frames (T, H, W, 1 or 3) uint8 to a clip (C, T, size, size) in [-1, 1].
 
-        ``uniforms`` are three numbers in [0, 1): for the left and the top edge, and mirroring.
+        Args:
+            uniforms: three numbers in [0, 1): for the left edge, the top edge and the flip.
         """
         clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
         clip = resize_frames(clip, self.image_size, keep_aspect=self.crop != "resize")
@@ -106,10 +110,10 @@ class ClipTransform:
 
 
 def repeat_last(clips: Tensor, num_frames: int) -> Tensor:
-    """Clips (B, C, t, H, W) made ``num_frames`` long by repeating the last frame.
+    """Extend clips (B, C, t, H, W) to ``num_frames`` by repeating the last frame.
 
     Raises:
-        ValueError: they are longer, or have no frames.
+        ValueError: the clips are longer, or have no frames.
     """
     missing = num_frames - clips.shape[2]
     if missing < 0 or not clips.shape[2]:
@@ -123,7 +127,7 @@ def _edge(side: int, size: int, uniform: float | None) -> int:
 
 
 def resize_frames(clip: Tensor, size: int, *, keep_aspect: bool) -> Tensor:
-    """Frames (T, C, H, W), bilinear and antialiased, to the short side ``size``, or to a square."""
+    """Resize frames (T, C, H, W), bilinear and antialiased: the short side to ``size``, or both sides."""
     height, width = clip.shape[-2:]
     if keep_aspect:
         short = min(height, width)
@@ -136,7 +140,7 @@ def resize_frames(clip: Tensor, size: int, *, keep_aspect: bool) -> Tensor:
 
 
 class ClipBatches:
-    """Reads clips of a source, by index. Every random choice is keyed by (seed, epoch, index)."""
+    """Reads batches of clips from a source. Every random choice is keyed by (seed, epoch, index)."""
 
     def __init__(self, source: ClipSource, transform: ClipTransform, *, seed: int = 0) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -160,7 +164,10 @@ class ClipBatches:
         return ImageBatch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(read)), failures
 
     def clip(self, index: int, uniforms: Sequence[float]) -> tuple[Tensor, list[int]]:
-        """A clip (C, T, H, W) in [-1, 1], and which frames of the video it is.
+        """A clip (C, T, H, W) in [-1, 1], and the indices of its frames in the video.
+
+        Args:
+            uniforms: four numbers in [0, 1): for the start, the left edge, the top edge and the flip.
 
         Raises:
             UnreadableClipError: the video is damaged or too short.

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vistok.config import ShellCommand, check_least
 from vistok.data.decoding import Reading
+from vistok.signatures import ShellCommand, check_least
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Small random turns, shifts and scalings; each is drawn uniformly from plus or minus its magnitude.
+    """Largest values of the small random rotations, shifts and scalings; each is drawn uniformly from plus or minus it.
 
     Attributes:
-        degrees: of the turn.
-        translate: of the shift, as a share of the image's side, on each axis.
-        scale: of the size, as a share: 0.1 gives images of 90 % to 110 %.
+        degrees: of the rotation.
+        translate: of the shift on each axis, as a share of the image's side.
+        scale: of the change in size, as a share: 0.1 gives images of 90 % to 110 %.
     """
 
     degrees: float = 0.0
@@ -36,7 +36,7 @@ CLIP_SOURCES = ("videos", "video_list", "moving_digits")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how they are prepared, and how they are batched.
+    """The source of images or clips, their preparation, and their batches.
 
     Attributes:
         image_size: side of the square images that come out, in pixels.
@@ -46,40 +46,41 @@ class DataConfig:
             8x8 digits). Clips: ``videos`` (a folder of video files or of folders of frames), ``webdataset`` with
             ``num_frames`` (shards of video files), ``video_list`` (list files as UCF-101, Kinetics and LARP have them,
             in ``name``, joined by "+", of videos in ``root``) or ``moving_digits`` (embedded).
-        root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
-            writes shards is a ``ShellCommand``, never a text.
-        name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub; ``turned`` digits come
-            upright, turned left and turned right, ``styled`` ones as they are, slanted, thin and bold;
-            ``sideways`` moving digits go left and right only.
-        image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
-            its only image column and its only class label column.
-        caption_column: which column of a data set of the hub holds texts, if any.
-        captions: what describes an image where texts are wanted: its ``own`` captions, or its class's name
-            (``class_names``).
+        root: the folder or .zip file; the pattern of the shards; or the folder of torchvision's datasets. A command
+            that writes shards is a ``ShellCommand``, never a text.
+        name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub. For ``digits``:
+            ``turned`` (each digit upright, turned left and turned right) or ``styled`` (as it is, slanted, thin and
+            bold). For ``moving_digits``: ``sideways`` (motion to the left and right only).
+        image_column, label_column: the columns of images and class ids in a data set of the hub; by default its only
+            image column and its only class label column.
+        caption_column: the column of texts in a data set of the hub, if any.
+        captions: the texts of an image: its ``own`` captions, or the name of its class (``class_names``).
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
-        target_root: a folder with an image of the same name for each of ``root``: what a tokenizer is to reconstruct
-            from it, as in post-training on generated images (arXiv 2509.12474). Nothing may be random then.
-        download: let torchvision fetch what ``root`` lacks.
+        target_root: a folder with an image of the same name for each image of ``root``. A tokenizer reads the image
+            of ``root`` and reconstructs that of ``target_root``, as in post-training on generated images (arXiv
+            2509.12474). The transform must not be random then.
+        download: lets torchvision download what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
         reading: ``photo``: upright as the EXIF data say, transparent parts on white, 16 bits scaled to 8; ``raw``: as
             the suites of published protocols read files, which ignore orientation and alpha.
         num_frames: frames of a clip; None reads images.
-        frame_stride: how far apart in the video the frames of a clip lie; 1 takes consecutive ones.
+        frame_stride: distance of a clip's frames in the video; 1 takes consecutive ones.
         clip_start: where in its video a training clip begins: ``random``, ``center`` or ``first``; evaluation takes
             ``center`` instead of ``random``.
-        short_clips: videos of fewer frames ``repeat`` their last one, or are left out and named (``refuse``).
+        short_clips: if a video has too few frames, ``repeat`` its last one, or leave the video out and name it in a
+            warning (``refuse``).
         limit: keep this many images, evenly spread over the source; None keeps all.
         crop: ``center``: ADM's centre crop; ``random``: short side to ``image_size``, random position (ViT-VQGAN);
             ``random_resized``: short side drawn in [size, size / 0.8], random position (ADM, LlamaGen);
-            ``resize``: both sides to ``image_size``, without regard to the aspect. Evaluation takes ``center``
-            instead of the random ones.
-        flip: mirror half of the training images.
-        affine: small random turns, shifts and scalings of training images.
+            ``resize``: both sides to ``image_size``, whatever the aspect ratio. Evaluation takes ``center`` instead of
+            the random crops.
+        flip: mirror a random half of the training images.
+        affine: small random rotations, shifts and scalings of training images.
         order: of training images: ``shuffled``, every one once per epoch; or ``resampled``, drawn with replacement.
         batch_size: images per batch and process.
         num_workers: processes that decode; the batches do not depend on it.
         cache: ``memory`` decodes every image or video once and keeps it; ``disk`` keeps the frames of videos in the
-            user's cache folder, in 8 bit, with the short side (or, with ``crop: resize``, both) of ``image_size``.
+            user's cache folder, in 8 bit, with the short side (with ``crop: resize``, both sides) of ``image_size``.
         seed: of the order and of every augmentation.
     """
 
@@ -145,7 +146,13 @@ class DataConfig:
             raise ValueError("clips are cropped by center, random or resize, and are not turned or scaled (affine)")
 
     @property
+    def title(self) -> str:
+        """The source and the split, for reports."""
+        everything = "all images" if self.num_frames is None else "all clips"
+        return f"{self.name or self.root or self.source} ({self.split or everything})"
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
-        """The pixels of a sample: (C, H, W) of an image, (C, T, H, W) of a clip."""
+        """The shape of a sample's pixels: (C, H, W) of an image, (C, T, H, W) of a clip."""
         frames = () if self.num_frames is None else (self.num_frames,)
         return (self.channels, *frames, self.image_size, self.image_size)

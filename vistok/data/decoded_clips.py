@@ -1,7 +1,7 @@
 """Videos that are decoded once and kept on disk, as 8-bit frames of the size that clips are cropped from.
 
-Decoding takes far longer than reading: small frames of a whole data set fit a disk, and not the memory. The frames are
-mapped, so that memory stays flat and all workers share what the system keeps of the files.
+Decoding takes far longer than reading. The small frames of a whole data set fit on a disk, but not in memory. The
+files are memory-mapped, so that memory use stays flat and all workers share the system's file cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT = "vistok-decoded-clips-1"
 INDEX = "index.json"
 SHARD_BYTES = 1 << 28
 BLOCK = 64
-"""Frames that are decoded at a time: memory holds no whole film."""
+"""Frames that are decoded at a time, so that memory never holds a whole film."""
 
 
 class DecodedClips(ClipSource):
@@ -38,9 +38,9 @@ class DecodedClips(ClipSource):
     Args:
         source: the videos.
         transform: its ``image_size`` and ``crop`` say how large frames are kept: with the short side of
-            ``image_size``, or both where ``crop`` is "resize".
-        cache: where all such folders lie; this source's has the name of what it depends on, and is made if it is not
-            there. Processes that want the same wait for one to make it.
+            ``image_size``, or both sides if ``crop`` is "resize".
+        cache: the folder of all such caches. The name of this source's own folder is a hash of all that its frames
+            depend on. The first process that needs the folder makes it; the others wait.
     """
 
     def __init__(self, source: ClipSource, transform: ClipTransform, cache: Path | None = None) -> None:
@@ -78,6 +78,9 @@ class DecodedClips(ClipSource):
     def label(self, index: int) -> int:
         return self._source.label(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
     def name(self, index: int) -> str:
         return self._source.name(index)
 
@@ -101,7 +104,8 @@ class DecodedClips(ClipSource):
 
 
 def _write(source: ClipSource, folder: Path, size: int, *, keep_aspect: bool) -> None:
-    """All videos one after another, a new file wherever one is full; the index names what cannot be read."""
+    """Write all videos one after another, in files of about ``SHARD_BYTES``, and an index that also lists the
+    unreadable ones."""
     videos: list[dict] = []
     number = 0
     for index in track(range(len(source)), "decoding videos", len(source)):

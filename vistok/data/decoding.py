@@ -1,4 +1,4 @@
-"""The one way from an image file to an 8-bit image of mode L or RGB."""
+"""Decodes image files to 8-bit images of mode L or RGB; all of vistok reads images with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from vistok.data.formats import decoders
 
 Reading = Literal["photo", "raw"]
 """How a file is read. ``photo``: upright as its EXIF data say, transparent parts on white, 16 bits scaled to 8.
-``raw``: as ADM's suite and its kin read: Pillow's ``convert("RGB")``, which ignores orientation and drops alpha."""
+``raw``: as ADM's evaluation suite and similar ones read it, with Pillow's ``convert("RGB")``, which ignores orientation
+and drops alpha."""
 
 LARGE = 50_000_000
-"""Pixels above which an image that will be made much smaller is made so while it is decoded, where its format has that
-(JPEG), or else as soon as it is (reading ``photo``)."""
+"""Number of pixels above which ``photo`` reads an image at a reduced size: JPEG while it is decoded, other formats
+right afterwards."""
 STRIP = 1 << 22
 """Pixels that are converted at a time."""
 ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
@@ -32,7 +33,7 @@ GREY_SCALES = {"L;2": 85, "L;4": 17}
 """The factors by which Pillow multiplies the grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# What Pillow's decoders, and the archives behind them, are known to raise on damaged files.
+# What Pillow's decoders, and the archives that files are read from, are known to raise on damaged files.
 DECODING_ERRORS = (
     OSError,
     ValueError,
@@ -53,7 +54,7 @@ class Header(NamedTuple):
     """What is known of an image before its pixels are decoded.
 
     Attributes:
-        size: (H, W) of what the decoder gives, but for large images that it makes smaller.
+        size: (H, W) of the decoded image; large images may be decoded to a smaller one.
         turned: whether its EXIF data ask for another orientation.
         transparent: whether it has an alpha channel or a transparent colour.
         deep: whether it has more than 8 bits per channel.
@@ -66,20 +67,20 @@ class Header(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """What the grey levels of more than 8 bits mean: 0 .. 2^bits - 1, where 0 may be white."""
+    """The range of grey levels of more than 8 bits: 0 .. 2^bits - 1, and whether 0 is white."""
 
     bits: int = 16
     white_is_zero: bool = False
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ImageDecoder:
     """How image files become 8-bit images.
 
     Attributes:
         channels: 3 (RGB) or 1 (grey).
         reading: see ``Reading``.
-        side: the short side that the image will be brought to, if that is known.
+        side: the short side that the image will be resized to, if it is known; large images are then decoded smaller.
         background: grey level that shows through transparent parts.
     """
 
@@ -93,23 +94,24 @@ class Decoder:
         return "L" if self.channels == 1 else "RGB"
 
     def read(self, file: IO[bytes]) -> Image.Image:
-        """Decode a file, which is left open.
+        """Decode a file, and leave it open.
 
         Raises:
-            one of ``DECODING_ERRORS``.
+            One of ``DECODING_ERRORS``.
         """
         return _read(file, self.convert)
 
     def header(self, file: IO[bytes]) -> Header:
-        """Look at a file without decoding more than needed; raises as ``read`` does."""
+        """Read the header of a file without decoding more than needed; raises the errors of ``read``."""
         return _read(file, self._header)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """Any PIL image to mode L or RGB.
+        """Convert any PIL image to mode L or RGB.
 
         Raises:
-            ValueError: 32-bit integers, or floats outside [0, 1], which do not say which value is white.
-            one of ``DECODING_ERRORS``: from decoding, where it is not decoded yet.
+            ValueError: 32-bit integers, or floats outside [0, 1], of which it is unknown which value is white; with
+                reading ``raw``, any image of more than 8 bits.
+            One of ``DECODING_ERRORS``: the image was not decoded yet, and decoding fails.
         """
         if self.reading == "raw":
             if image.mode in DEEP_MODES:
@@ -119,26 +121,26 @@ class Decoder:
                 )
             image.load()
             return image if image.mode == self.mode else image.convert(self.mode)
-        # Twice the side that is wanted, of an image that is large enough to be read smaller.
+        # Large images are reduced to no less than twice the wanted side.
         enough = 2 * self.side if self.side is not None and image.width * image.height > LARGE else None
         if enough and image.format in ("JPEG", "MPO"):
             image.draft(None, (enough, enough))
         pixels = _still_webp(image) if enough and image.format == "WEBP" else None
         if pixels is None:
             image.load()
-        # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
+        # Pillow turns TIFF files upright while it decodes them; its versions of 2023 leave the tag as it was.
         orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
         levels = _levels(image) if image.mode in DEEP_MODES else None
-        # A power of two that leaves twice the side that is wanted, as ``draft`` does.
+        # A power of two, as in ``draft``.
         factor = 1 << max(0, (min(image.size) // enough).bit_length() - 1) if enough else 1
         if image.mode != self.mode or transparent or factor > 1 or pixels is not None:
             strips = image if pixels is None else PixelRows(pixels)
-            image = _in_strips(strips, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
+            image = _in_strips(strips, self.mode, factor, lambda strip: self._in_mode(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
-    def _eight_bit(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
-        """An image, or a strip of one, as ``mode``; ``levels`` are those of more than 8 bits."""
+    def _in_mode(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
+        """Convert an image, or a strip of one, to ``mode``; ``levels`` are None for 8-bit images."""
         if levels is not None:
             image = _eight_bit(image, levels)
         if transparent:
@@ -152,7 +154,7 @@ class Decoder:
         if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode a PNG to look for it
             turned = _orientation(image) is not None
         if image.format == "TIFF":
-            image.load()  # Pillow turns these while it decodes, some versions without a change of size before
+            image.load()  # Pillow turns these while it decodes, and some versions give the old size until then
         elif turned:
             sideways = self.reading == "photo" and _tag(image) in TURNED_SIDEWAYS
         size = (image.width, image.height) if sideways else (image.height, image.width)
@@ -160,17 +162,17 @@ class Decoder:
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """Look at an image file of a format that is read; raises one of ``DECODING_ERRORS``."""
+    """Open an image file of one of the known formats; raises one of ``DECODING_ERRORS``."""
     try:
         image = Image.open(file, formats=decoders())
-    except UnidentifiedImageError as error:  # whose own words are about a Python object
+    except UnidentifiedImageError as error:  # Pillow's message would name a Python object
         raise UnidentifiedImageError("no image that can be read; empty, damaged, or of another format") from error
     except (
         Image.DecompressionBombError
     ) as error:  # Pillow says how many pixels it has, how many are read, and of attacks
         raise Image.DecompressionBombError(f"{str(error).partition(',')[0]}; store it smaller") from error
     transparent = image.info.get("transparency")
-    # Pillow scales levels of other than 8 bits, and leaves the transparent one as the file has it.
+    # Pillow scales grey levels that do not have 8 bits, but not the transparent level.
     raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if raw in GREY_SCALES and isinstance(transparent, int):
         image.info["transparency"] = transparent * GREY_SCALES[raw]
@@ -236,7 +238,7 @@ def _is_whole(content: bytes, kind: bytes) -> bool:
 
 
 def _tag(image: Image.Image) -> int | None:
-    """The EXIF orientation; None if there is none, or if the EXIF data are damaged, which the pixels need not be."""
+    """The EXIF orientation; None if there is none, or if the EXIF data are damaged: the pixels may still be fine."""
     try:
         return image.getexif().get(ORIENTATION)
     except (*DECODING_ERRORS, AttributeError, RecursionError):
@@ -244,7 +246,7 @@ def _tag(image: Image.Image) -> int | None:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What brings the image upright; None if nothing need be done."""
+    """The transposition that turns the image upright; None if it is upright."""
     by_tag: dict[int | None, Image.Transpose] = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -262,20 +264,22 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 class PixelRows:
-    """Pixels (H, W, 3 or 4) of which rows become images when they are asked for."""
+    """Pixels (H, W, 3 or 4) with the ``size`` and ``crop`` of a PIL image, so that only strips of them are copied."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[0])
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
-        """The rows of a box, which is as wide as all."""
+        """The rows from top to bottom of ``box``, at full width."""
         _, top, _, bottom = box
         return Image.fromarray(np.ascontiguousarray(self._pixels[top:bottom]))
 
 
 def _still_webp(image: Image.Image) -> np.ndarray | None:
-    """The pixels (H, W, 3 or 4) of a WebP file by torchvision, which holds one copy of them where Pillow holds four;
-    None for a moving one, or where torchvision cannot."""
+    """The pixels (H, W, 3 or 4) of a WebP file by torchvision, which holds one copy of them where Pillow holds four.
+
+    None for an animation, or if torchvision cannot decode it.
+    """
     file = getattr(image, "fp", None)
     if file is None or getattr(image, "n_frames", 1) > 1:
         return None
@@ -286,15 +290,17 @@ def _still_webp(image: Image.Image) -> np.ndarray | None:
         content = np.frombuffer(file.read(), np.uint8).copy()
         mode = ImageReadMode.RGB_ALPHA if _is_transparent(image) else ImageReadMode.RGB
         return decode_webp(torch.from_numpy(content), mode).permute(1, 2, 0).numpy()
-    except (ImportError, AttributeError, RuntimeError, OSError, ValueError):  # built without it; or Pillow says what is
-        return None  # wrong with the file
+    except (ImportError, AttributeError, RuntimeError, OSError, ValueError):
+        return None  # torchvision is built without WebP, or the file is damaged: Pillow will say how
 
 
 def _in_strips(
     image: Image.Image | PixelRows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
-    """What ``change`` makes of an image, of ``mode``, reduced by ``factor``; of a large one a strip at a time, so that
-    no second one of its size is held."""
+    """Apply ``change`` to an image, and reduce it by ``factor``; the result has ``mode``.
+
+    Large images are processed strip by strip, so that memory never holds a second image of full size.
+    """
 
     def small(strip: Image.Image) -> Image.Image:
         return change(strip) if factor == 1 else change(strip).reduce(factor)
@@ -323,13 +329,13 @@ def _eight_bit(image: Image.Image, levels: Levels) -> Image.Image:
 
 
 def _levels(image: Image.Image) -> Levels:
-    """What the levels of an image of more than 8 bits mean.
+    """The range of the levels of an image of more than 8 bits.
 
     Raises:
-        ValueError: they could mean anything: 32-bit integers, or floats outside [0, 1].
+        ValueError: the range is unknown: 32-bit integers, or floats outside [0, 1].
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
-        tags = getattr(image, "tag_v2", {})  # of TIFF files, which Pillow gives as they are stored
+        tags = getattr(image, "tag_v2", {})  # Pillow leaves the levels of TIFF files as they are stored
         (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
         return Levels(bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     values = np.asarray(image)

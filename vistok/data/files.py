@@ -19,16 +19,16 @@ from vistok.data.formats import is_image
 
 try:
     from lzma import LZMAError
-except ImportError:  # a Python that was built without it, which reads no such entries
+except ImportError:  # Python was built without lzma; zipfile then cannot read such entries
     LZMAError = EOFError  # type: ignore[misc, assignment]
 
 CAPTIONS = "captions.jsonl"
-"""What lies beside images and describes them; see :mod:`vistok.data.captions`."""
+"""The file of captions beside images; see :mod:`vistok.data.captions`."""
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
-"""What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""
+"""Files that `vistok sample` writes beside samples. In a folder with the first one, all of them are left out."""
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
-"""What reading a damaged entry of an archive raises, besides OSError."""
+"""The errors, besides OSError, of reading a damaged entry of an archive."""
 NPY_ERRORS = (
     OSError,
     ValueError,
@@ -39,7 +39,7 @@ NPY_ERRORS = (
     tokenize.TokenError,
     *UNPACKING_ERRORS,
 )
-"""What NumPy raises of a damaged .npy or .npz file, whose headers it parses like Python."""
+"""The errors of reading a damaged .npy or .npz file, whose headers NumPy parses as Python code."""
 SIGNATURES = {
     "zip": (0, b"PK\x03\x04", "a .zip file, which training reads with data.source=folder"),
     "tar": (257, b"ustar", "a .tar file, which training reads with data.source=webdataset"),
@@ -53,19 +53,21 @@ SIGNATURES = {
 }
 """Where files of which format have which bytes, and what to say of a file that should have another format."""
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode's categories of control signs, surrogates and ends of lines."""
+"""Unicode's categories of control characters, surrogates and line ends."""
 UTF8_NAME = 0x800
 """The flag of a zip entry whose name is UTF-8."""
 HELD_IN_MEMORY = 64 << 20
-"""Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
+"""Members of an archive of at most this many bytes are unpacked at once; larger ones are unpacked while they are
+read."""
 
 
 class FileTree(ABC):
-    """The files below ``root``, hidden ones and those that `vistok sample` adds to samples excepted.
+    """The files below ``root``, without hidden files and those that `vistok sample` adds to samples.
 
     Attributes:
-        skipped: what was not looked into, with the reason: links that lead back or nowhere, files that are no data
-            (a pipe would wait for a writer), entries of an archive with the name of another one.
+        skipped: paths that are not read, with the reason: links that lead back or nowhere, special files (reading a
+            pipe would wait for a writer), entries of an archive that a later entry of the same name replaces, and
+            those beside the one folder of an archive that holds all images.
     """
 
     def __init__(self, root: Path) -> None:
@@ -93,15 +95,15 @@ class FileTree(ABC):
 
     @abstractmethod
     def open(self, path: str) -> IO[bytes]:
-        """Open a file, for seeking and reading. Raises OSError, of an archive's member for any damage."""
+        """Open a file for reading; it can seek. Raises OSError, also if a member of an archive is damaged."""
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes of the file, as stored uncompressed."""
+        """Size of the file in bytes, uncompressed."""
 
 
 class Folder(FileTree):
-    """A folder on disk. Links to folders are followed, unless they lead back to a folder that they lie in."""
+    """A folder on disk. Links to folders are followed, unless they lead to a folder above the link."""
 
     def _list(self) -> Sequence[str]:
         return list(self._walk("", ()))
@@ -130,10 +132,10 @@ class Folder(FileTree):
 
 
 class Archive(FileTree):
-    """A zip file; a single folder around all images is left out of the paths, unless captions lie beside it.
+    """A zip file. If a single folder holds all images, the paths begin below it.
 
     Raises:
-        ValueError: its table of contents is damaged.
+        ValueError: the table of contents is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -160,10 +162,10 @@ class Archive(FileTree):
 
     def _list(self) -> Sequence[str]:
         paths = [path for path in self._members if not is_hidden(path)]
-        self._wrapper = "" if CAPTIONS in paths else _wrapper(paths)
-        beside = [path for path in paths if not path.startswith(self._wrapper)]
-        self.skipped += [f"{path} (beside {self._wrapper})" for path in beside]
-        return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
+        self._wrapper = _wrapper(paths)
+        within = [path for path in paths if path.startswith(self._wrapper)]
+        self.skipped += sorted(set(paths) - set(within))
+        return [path.removeprefix(self._wrapper) for path in within]
 
     def as_root(self, folder: str) -> str:
         return f"the unpacked {folder}"
@@ -178,7 +180,7 @@ class Archive(FileTree):
             raise OSError(f"the archive's entry is damaged: {error}") from error
         except NotImplementedError as error:
             raise OSError(f"it is packed by method {info.compress_type}, which cannot be unpacked here") from error
-        except RuntimeError as error:  # zipfile's word for a password that is missing
+        except RuntimeError as error:  # zipfile raises it if a password is missing
             raise OSError(f"the archive's entry is encrypted: {error}") from error
 
     def size(self, path: str) -> int:
@@ -196,7 +198,7 @@ def open_tree(root: str | Path) -> FileTree:
 
     Raises:
         FileNotFoundError: there is nothing at ``root``.
-        ValueError: ``root`` is a file, but no zip, or a damaged one.
+        ValueError: ``root`` is a file, but not a zip file, or a damaged one.
     """
     root = Path(root).expanduser()
     if root.is_dir():
@@ -247,14 +249,16 @@ def _stored_name(info: zipfile.ZipInfo) -> str:
 
 
 def printable(text: str) -> str:
-    """A file's name as it can be printed and saved: bytes that are no UTF-8 become ``\\xff``, and so do signs that a
-    terminal would obey."""
+    """The name of a file in a form that can be printed and saved.
+
+    Bytes that are not UTF-8, and control characters that a terminal would act on, become escapes such as ``\\xff``.
+    """
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _escapes(text) else text
     return "".join(sign if unicodedata.category(sign) not in UNPRINTABLE else _escaped(sign) for sign in text)
 
 
 def _escapes(text: str) -> bool:
-    """Whether it can be written as UTF-8 but for bytes of other encodings."""
+    """Whether all surrogates of the text stand for single bytes of another encoding (as in ``surrogateescape``)."""
     return all(not "\ud800" <= sign <= "\udfff" or "\udc80" <= sign <= "\udcff" for sign in text)
 
 
@@ -263,12 +267,17 @@ def _escaped(sign: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder above it, is one of those that systems keep for themselves."""
+    """Whether a file, or a folder above it, has a hidden name (``.x``) or is macOS's ``__MACOSX``."""
     return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.split("/"))
 
 
 def _wrapper(paths: Sequence[str]) -> str:
-    """The one folder around all images, unless it is a split."""
+    """The single top folder of all images, with its slash.
+
+    "" if there are several, if it is a split, or if captions lie beside it, whose paths begin with its name.
+    """
+    if CAPTIONS in paths:
+        return ""
     tops = {path.partition("/")[0] for path in paths if is_image(path)}
     top = tops.pop() if len(tops) == 1 else ""
     return f"{top}/" if top and top not in SPLITS and not is_image(top) else ""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from vistok.data.captions import folder_captions
-from vistok.data.decoding import Decoder
+from vistok.data.captions import FolderCaptions
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, FileTree, open_tree, printable
 from vistok.data.formats import image_extensions
 from vistok.data.imagefiles import TreeFiles
@@ -19,11 +19,11 @@ from vistok.data.tar import UNCONDITIONAL
 log = logging.getLogger(__name__)
 
 LIKE_SPLITS = re.compile(r"(?i)(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|held.?out)(?![a-z])")
-"""How people call splits, in names of folders."""
+"""Names of folders that are probably splits."""
 
 
 def accepted_layouts() -> str:
-    """The layouts of folders that are read, as messages say it."""
+    """The layouts of folders that are read, for messages."""
     return (
         "accepted layouts: <class>/*, the same under train/, val/ or test/, or images side by side without classes; "
         f"extensions: {' '.join(image_extensions())}"
@@ -34,17 +34,23 @@ class FolderSource(FileSource):
     """Images in a folder or a .zip file, read in place.
 
     Images lie in ``<class>/`` folders (at any depth below), or all side by side, which makes the source
-    unconditional. Where the folders are called train, val, validation, test (all of them, or at least two), ``split``
-    picks one; a root without such folders is all training images. Splits may lie deeper (``Data/CLS-LOC/train/``) if
-    all images lie there. A zip may hold everything inside one more folder. Hidden files are ignored; other files, and
-    images that are in no split, are counted in a warning.
+    unconditional. If the folders at the root are splits (train, val, validation, test; all of the folders, or at least
+    two), ``split`` picks one. A root without such folders holds training images only. Splits may lie deeper
+    (``Data/CLS-LOC/train/``) if all images lie there. A zip may have one more folder around everything. Hidden files
+    are ignored; a warning counts other files, and images outside the splits.
 
     Raises:
         FileNotFoundError: no such root, no such split, or no images.
         ValueError: images both inside and beside class folders, or a damaged archive.
     """
 
-    def __init__(self, root: str | Path, *, split: str | None = "train", decoder: Decoder = Decoder()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str | None = "train",
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
+    ) -> None:
         self._tree = tree = open_tree(root)
         images = tree.images()
         if not images:
@@ -65,11 +71,11 @@ class FolderSource(FileSource):
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions.get(self.files.path(index), ())
+        return self._captions.of(self.files.path(index))
 
     @cached_property
-    def _captions(self) -> dict[str, tuple[str, ...]]:
-        return folder_captions(self._tree, self.prefix)
+    def _captions(self) -> FolderCaptions:
+        return FolderCaptions(self._tree, self.prefix)
 
 
 def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:
@@ -101,10 +107,10 @@ def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:
 
 
 def divided_at(images: Sequence[str]) -> str | None:
-    """The folder (with its slash; "" is the root) whose folders are splits; None if the images are not divided so.
+    """The folder whose subfolders are splits, with its slash ("" is the root); None if there is none.
 
-    At the root they are divided if all folders are splits, or at least two; below, if at least two are and all images
-    lie there.
+    The root is divided into splits if all of its folders are splits, or at least two. A deeper folder is, if at least
+    two of its folders are splits and all images lie in it.
     """
     tops = {path.partition("/")[0] for path in images}
     splits = tops & set(SPLITS)
@@ -130,7 +136,7 @@ def _common_folder(images: Sequence[str]) -> str:
 
 
 def _warn_of_deeper_splits(images: Sequence[str], tree: FileTree) -> None:
-    """Name the root that was meant, if splits lie below in a part of the images only."""
+    """Warn if only a part of the images lies in splits, and name the folder that was probably meant as root."""
     below: dict[str, set[str]] = {}
     for path in images:
         folders = path.split("/")[:-1]
@@ -162,7 +168,7 @@ def _label(files: Sequence[str], prefix: str, tree: FileTree) -> tuple[tuple[str
 
 
 def _warn_of_splits_as_classes(classes: Sequence[str], tree: FileTree) -> None:
-    """Say so if all classes are called like splits ("train2017", "Validation", "seg_test")."""
+    """Warn if the names of all classes look like splits ("train2017", "Validation", "seg_test")."""
     if len(classes) > 1 and all(LIKE_SPLITS.search(name) for name in classes):
         log.warning(
             "%s: its folders %s are read as classes; if they are splits, take one as root, or call them %s",
@@ -173,7 +179,7 @@ def _warn_of_splits_as_classes(classes: Sequence[str], tree: FileTree) -> None:
 
 
 def _warn_of_a_single_class(files: Sequence[str], prefix: str, tree: FileTree) -> None:
-    """Say so if all images are of one class although they lie in several folders further below."""
+    """Warn if all images are of one class although they lie in several folders further below."""
     common = _common_folder(files)
     below = {path.removeprefix(common).partition("/")[0] for path in files if "/" in path.removeprefix(common)}
     if common == prefix or len(below) < 2:

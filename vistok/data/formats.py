@@ -1,4 +1,4 @@
-"""The one table of image files: what training, evaluation and pipelines read."""
+"""The image formats that training, evaluation and pipelines read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ LOSSY = {
     ".tif": False,
     ".tiff": False,
 }
-"""Extensions, and whether their compression usually loses something. Of several frames the first one is read."""
+"""Extensions, and whether their compression is usually lossy. Of several frames only the first one is read."""
 DECODERS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-"""Pillow's names of the formats, whatever the files are called. It knows others that must not be tried: what begins as
-PostScript it hands to a program."""
+"""Pillow's names of the formats that are tried, whatever the extension. Pillow must not try all that it knows: it hands
+PostScript to an external program."""
 LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
 """Formats that only some builds of Pillow, or plug-ins that register themselves, can decode."""
+
+TEXT = ".txt"
+"""The extension of a file that holds the caption of the image of the same name."""
 
 
 @cache
@@ -44,6 +47,11 @@ def extension(name: str) -> str:
     """What follows the last dot of a file's name, with the dot, in lower case; "" if there is none."""
     stem, dot, last = name.rpartition("/")[2].rpartition(".")
     return f".{last.lower()}" if dot and stem else ""
+
+
+def without_extension(name: str) -> str:
+    """A file's name up to its extension."""
+    return name[: len(name) - len(extension(name))]
 
 
 def is_image(name: str) -> bool:

@@ -10,29 +10,31 @@ from typing import Any
 
 from PIL import Image
 
-from vistok.config import ConfigError
 from vistok.data.captions import CaptionError, texts_of
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.sources import ImageSource, UnreadableImageError, hash_lines
 from vistok.data.tar import UNCONDITIONAL, check_class
+from vistok.signatures import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 class HuggingFaceSource(ImageSource):
-    """A map-style data set with an image column, and a column of class ids if it is to be conditional.
+    """A map-style data set with a column of images and, unless it is unconditional, a column of class ids.
 
     Args:
         name: id on the hub, as ``datasets.load_dataset`` takes it; or None.
         root: folder that ``save_to_disk`` wrote; or None.
-        split: of the data set, for example "train", "validation", "train[:10%]"; None where there are no splits.
-        image_column: None takes the only one of images.
-        caption_column: of texts, or of lists of texts; None is no captions.
-        label_column: of class labels, or of integers, whose classes are then named by the ids. None takes the only
-            one of class labels; without any the source is unconditional, which a warning says if there are integers.
+        split: of the data set, for example "train", "validation", "train[:10%]"; None if there are no splits.
+        image_column: None takes the only column of images.
+        label_column: a column of class labels, or of integers, whose classes are named by their ids. None takes the
+            only column of class labels; if there is none, the source is unconditional, and a warning names any
+            columns of integers.
+        caption_column: a column of texts, or of lists of texts; None is no captions.
 
     Raises:
         ConfigError: ``datasets`` is not installed.
+        FileNotFoundError: ``root`` is no folder.
         ValueError: no such split or column, several columns to choose from, or integers that are no class ids.
     """
 
@@ -42,7 +44,7 @@ class HuggingFaceSource(ImageSource):
         root: str | None,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
         image_column: str | None = None,
         label_column: str | None = None,
         caption_column: str | None = None,
@@ -68,11 +70,11 @@ class HuggingFaceSource(ImageSource):
         if caption_column is not None and caption_column not in features:
             raise ValueError(f"data.caption_column={caption_column}: {self._label} has {', '.join(features)}")
         self._texts = self._dataset.select_columns([caption_column]) if caption_column is not None else None
-        # Whole rows would be decoded otherwise, with all images in them.
+        # Otherwise ``datasets`` would decode whole rows, with all the images in them.
         self._dataset = self._dataset.select_columns([self._image, *([self._class] if self._class else [])])
         self.classes = self._class_names() if self._class else ()
         self._fingerprint = hash_lines([f"huggingface {self._dataset._fingerprint} {len(self)}"])
-        # Files are decoded here, as those of every source; ``datasets`` would try every format that Pillow knows.
+        # Our own decoder reads the files, as in every source; ``datasets`` would try every format that Pillow knows.
         self._dataset = self._dataset.cast_column(self._image, datasets.Image(decode=False))
         if self._class is None and integers:
             log.warning(
@@ -84,7 +86,7 @@ class HuggingFaceSource(ImageSource):
         self._decoder = decoder
 
     def _pick(self, key: str, wanted: str | None, usual: Sequence[str], possible: Sequence[str]) -> str | None:
-        """The wanted column, else the only usual one; None if there is none."""
+        """The ``wanted`` column, else the only one of the ``usual`` ones; None if there is none."""
         if wanted is not None and wanted not in possible:
             raise ValueError(
                 f"data.{key}={wanted}: {self._label} has no such column; it could be {' or '.join(possible) or 'none'}"
@@ -96,7 +98,7 @@ class HuggingFaceSource(ImageSource):
         return wanted or next(iter(usual), None)
 
     def _class_names(self) -> tuple[str, ...]:
-        """The names that a class label column has, or the ids as text."""
+        """The names of the class label column, or the ids as text."""
         feature = self._dataset.features[self._class]
         if hasattr(feature, "names"):
             return tuple(feature.names)
@@ -134,7 +136,7 @@ class HuggingFaceSource(ImageSource):
         ((column, value),) = self._texts[int(index)].items()
         try:
             return texts_of(value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise CaptionError(f"data.caption_column={column} of {self.name(index)}: {error}") from error
 
 

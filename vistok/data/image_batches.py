@@ -1,4 +1,4 @@
-"""Batches of images of a source, read as it is or kept in memory."""
+"""Batches of images from a source, which may be kept in memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ImageBatches:
 
 
 class InMemory(ImageSource):
-    """A source decoded once. Crops that are not random are done once, too, so that only the crop is kept."""
+    """A source whose images are decoded once. A crop that is not random is done once, too, so that only it is kept."""
 
     def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
         self._source = source
@@ -80,6 +80,6 @@ class InMemory(ImageSource):
 
 
 def as_array(image: Image.Image) -> np.ndarray:
-    """A PIL image as uint8 (H, W, C)."""
+    """A PIL image as an array (H, W, C) uint8."""
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array

@@ -1,15 +1,16 @@
-"""Image files of a folder, an archive or shards: the stack on which training and evaluation both stand."""
+"""Image files of a folder, an archive or shards, for training and evaluation."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import IO, NamedTuple
 
 from vistok.data.files import CAPTIONS, FileTree, printable
+from vistok.data.formats import TEXT, extension, without_extension
 
 SHOWN = 5
-"""Names that a message about several files gives."""
+"""How many names a message about several files gives."""
 
 
 class LeftOut(NamedTuple):
@@ -20,7 +21,7 @@ class LeftOut(NamedTuple):
         names: the first few.
     """
 
-    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which is not used here
     names: tuple[str, ...] = ()
 
     @classmethod
@@ -33,7 +34,7 @@ class LeftOut(NamedTuple):
 
     def __str__(self) -> str:
         shown = ", ".join(self.names) + (", …" if self.count > len(self.names) else "")
-        what = "1 file is not an image and is" if self.count == 1 else f"{self.count} files are not images and are"
+        what = "1 other file is" if self.count == 1 else f"{self.count} other files are"
         return f"{what} ignored: {shown}"
 
 
@@ -41,8 +42,8 @@ class ImageFiles(ABC):
     """Files that are read as images, by index.
 
     Attributes:
-        source: where they lie, for messages and reports.
-        left_out: what lies beside them and is not read.
+        source: where the files lie, for messages and reports.
+        left_out: files beside them that are not read.
     """
 
     source: str
@@ -53,11 +54,11 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Its place below the source, with its extension."""
+        """The path of a file below the source, with its extension."""
 
     @abstractmethod
     def open(self, index: int) -> IO[bytes]:
-        """Open it, for seeking and reading. Raises OSError if it cannot be had."""
+        """Open a file for reading; it can seek. Raises OSError if it cannot be read."""
 
     @abstractmethod
     def size(self, index: int) -> int:
@@ -65,7 +66,12 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call it in a message."""
+        """The name of a file in messages."""
+
+
+def _is_caption(path: str, images: Set[str]) -> bool:
+    """Whether a file holds captions of ``images``, which are paths without their extensions."""
+    return path.rpartition("/")[2] == CAPTIONS or (extension(path) == TEXT and without_extension(path) in images)
 
 
 class TreeFiles(ImageFiles):
@@ -73,7 +79,7 @@ class TreeFiles(ImageFiles):
 
     Args:
         tree: the folder or archive.
-        prefix: only what lies below this folder (with its slash).
+        prefix: a folder with its slash; only the images below it are read.
     """
 
     def __init__(self, tree: FileTree, prefix: str = "") -> None:
@@ -81,7 +87,8 @@ class TreeFiles(ImageFiles):
         self.source = printable(str(tree.root))
         self.paths: Sequence[str] = [path for path in tree.images() if path.startswith(prefix)]
         others = [path for path in [*tree.others(), *tree.skipped] if path.startswith(prefix)]
-        self.left_out = LeftOut.of(path for path in others if path.rpartition("/")[2] != CAPTIONS)
+        images = set(map(without_extension, self.paths))
+        self.left_out = LeftOut.of(path for path in others if not _is_caption(path, images))
 
     def __len__(self) -> int:
         return len(self.paths)

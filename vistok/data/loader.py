@@ -1,7 +1,7 @@
-"""Batches that are the same whatever the number of workers, and that resume in the middle of an epoch.
+"""Batches that do not depend on the number of workers, and that resume in the middle of an epoch.
 
-A :class:`Loader` joins an order (which indices, :mod:`vistok.data.order`) with a batch reader (what lies there): images
-here, cached tokens in :mod:`vistok.data.tokens`.
+A :class:`Loader` joins an order (which indices, :mod:`vistok.data.order`) with a batch reader (the samples at these
+indices): images and clips here, cached tokens in :mod:`vistok.data.tokens`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_SHARE = 0.01
 SHOWN = 20
-"""Unreadable samples that a message names."""
+"""How many unreadable samples a message names."""
 
 
 class Indexed(Protocol):
@@ -50,7 +50,7 @@ class BatchReader(Protocol[Batch_co]):
     def __len__(self) -> int: ...
 
     def load(self, indices: np.ndarray, epoch: int) -> tuple[Batch_co, Failures]:
-        """Read the samples at ``indices`` (B,), augmented as ``epoch`` says. Unreadable ones are left out."""
+        """Read the samples at ``indices`` (B,), with the augmentation of ``epoch``. Unreadable ones are left out."""
 
 
 class TooManyUnreadableError(ValueError):
@@ -58,16 +58,16 @@ class TooManyUnreadableError(ValueError):
 
 
 def check_failures(failures: Failures, count: int) -> None:
-    """Raise TooManyUnreadableError, with the list, if that many of ``count`` samples are more than 1 %."""
+    """Raise TooManyUnreadableError, which lists the failures, if they are more than 1 % of ``count`` samples."""
     if len(failures) > MAX_UNREADABLE_SHARE * count:
         raise TooManyUnreadableError(
-            f"{len(failures)} of {count} images cannot be read, more than {MAX_UNREADABLE_SHARE:.0%}; "
+            f"{len(failures)} of {count} samples cannot be read, more than {MAX_UNREADABLE_SHARE:.0%}; "
             f"repair or remove them:\n{listed(failures)}"
         )
 
 
 def listed(failures: Failures) -> str:
-    """The first failures in the order of the source, a line each."""
+    """The first failures in the order of the source, one per line."""
     reasons = [failures[index] for index in sorted(failures)]
     return "\n".join(reasons[:SHOWN] + ["…"] * (len(reasons) > SHOWN))
 
@@ -80,8 +80,9 @@ class Loader(Generic[B]):
     begins again sees the same batches.
 
     A sample that cannot be read is left out of its batch (which is then smaller), and named in a warning the first
-    time. It is not replaced, so what a batch holds never depends on the run's history. A batch without any sample is
-    skipped; where processes must stay in step (``Order.in_step``) the next one that has some takes its place, too.
+    time. It is not replaced, so that the contents of a batch never depend on the run's history. A batch without any
+    sample is skipped; if processes must stay in step (``Order.in_step``), the next readable batch is used twice
+    instead.
 
     Raises:
         TooManyUnreadableError: while iterating, once more than 1 % of all samples were unreadable.
@@ -94,8 +95,8 @@ class Loader(Generic[B]):
         self._position = 0  # batches of this epoch that were handed out
         self._start = 0  # where the next iter begins
         self._failures: Failures = {}
-        # Refilled at every iteration. (A sampler that refers to this loader would close a reference cycle; workers
-        # would then be collected in no good order, for which torch waits 5 s each.)
+        # Refilled at every iteration. (A sampler that refers to this loader would close a reference cycle. Workers
+        # would then be collected in a bad order, and torch would wait 5 s for each.)
         self._requests: list[tuple[int, np.ndarray]] = []
         self._loader = DataLoader(
             _WholeBatches(reader),
@@ -128,7 +129,7 @@ class Loader(Generic[B]):
         self._position = 0
 
     def _next_readable(self, requests: list[tuple[int, np.ndarray]]) -> B:
-        """The first batch that has a sample; the last request is the one that had none."""
+        """The first batch that has a sample; the last request is the batch that had none."""
         for epoch, indices in requests:
             batch, failures = self.reader.load(indices, epoch)
             self._report(failures)
@@ -138,24 +139,25 @@ class Loader(Generic[B]):
 
     @property
     def failures(self) -> Failures:
-        """Samples that could not be read so far, and were left out."""
+        """The samples that could not be read so far, and were left out."""
         return dict(self._failures)
 
     def count_failures(self, failures: Failures) -> None:
-        """Add what other processes could not read to ``failures``.
+        """Add the samples that other processes could not read to ``failures``.
 
         Raises:
-            TooManyUnreadableError: together they are more than 1 % of all samples.
+            TooManyUnreadableError: all failures together are more than 1 % of the samples.
         """
         self._failures.update(failures)
         check_failures(self._failures, len(self.reader))
 
     def dead_worker(self) -> str | None:
-        """After an error: which worker died of what, or None. Torch raises it anywhere in the main thread."""
+        """Which worker died, and of what; None if none did. Call it after an error: torch raises the death of a worker
+        anywhere in the main thread."""
         return cause_of_death(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where iteration stands, and what could not be read so far; plain numbers and texts."""
+        """The position of the iteration, and the failures so far, as plain numbers and texts."""
         finished = self._position == len(self)
         return {
             "epoch": self.epoch + finished,
@@ -165,10 +167,12 @@ class Loader(Generic[B]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken. Workers may differ, and processes if the global batch is the same.
+        """Continue at the position of ``state``.
+
+        The number of workers may differ; so may the number of processes, if the global batch size is the same.
 
         Raises:
-            ValueError: the state is of other data, another seed or another global batch size.
+            ValueError: the state belongs to other data, another seed or another global batch size.
         """
         for key, own in self._identity().items():
             if state[key] != own:
@@ -223,7 +227,8 @@ def evaluation_loader(source: Source, config: DataConfig, *, rank: int = 0, worl
 
 
 def augmented_view_loader(source: Source, config: DataConfig, view: int) -> Loader[ImageBatch]:
-    """Every image or clip once, in order, augmented as training epoch ``view`` would: one view for a token cache."""
+    """Every image or clip once, in order, with the augmentation of training epoch ``view``: one view of a token
+    cache."""
     order = SequentialOrder(len(source), config.batch_size, config.seed)
     return _loader(source, order, config, augmented=True, epoch=view)
 
@@ -235,7 +240,7 @@ def _loader(source: Source, order: Order, config: DataConfig, *, augmented: bool
 
 
 def cached(source: Source, config: DataConfig, *, augmented: bool) -> Source:
-    """The source, or what the config's ``cache`` keeps of it."""
+    """The source, kept in memory or on disk if ``config.cache`` says so."""
     if config.cache == "none" or isinstance(source, InMemory | InMemoryClips | DecodedClips):
         return source
     if not isinstance(source, ClipSource):
@@ -248,7 +253,7 @@ def cached(source: Source, config: DataConfig, *, augmented: bool) -> Source:
 
 
 def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> ImageBatches | ClipBatches:
-    """What reads images or clips of a source as the config says, with its augmentation or without."""
+    """The reader of a source's images or clips, with or without the config's augmentation."""
     if isinstance(source, ClipSource):
         return ClipBatches(source, _clip_transform(config, augmented=augmented), seed=config.seed)
     transform = _image_transform(config, augmented=augmented)
@@ -271,7 +276,7 @@ def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
         config.frame_stride,
         start=config.clip_start,
         short=config.short_clips,
-        crop=cast(Any, config.crop),  # which refuses what clips do not have
+        crop=cast(Any, config.crop),  # ClipTransform refuses the crops that clips do not have
         flip=config.flip,
         channels=config.channels,
     )
@@ -279,7 +284,7 @@ def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
 
 
 class _WholeBatches(Dataset):
-    """What workers read from: one item is a whole batch."""
+    """The dataset of the workers; one item is a whole batch."""
 
     def __init__(self, reader: BatchReader[Any]) -> None:
         self.reader = reader

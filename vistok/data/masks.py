@@ -1,4 +1,4 @@
-"""Masks of images: which part is meant, in pixels and in tokens."""
+"""Masks of image regions, in pixels and in tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
     """Masks of ``count`` images as one bool tensor (count, height, width).
 
     Args:
-        masks: PIL images, True where they are lighter than mid-grey, cropped to the size like photos (ADM's centre
-            crop); or a bool tensor, (height, width) or (count, height, width). One mask serves all images.
+        masks: PIL images, cropped to ``size`` like photos (ADM's centre crop), True where they are lighter than
+            mid-grey; or a bool tensor, (height, width) or (count, height, width). A single mask is used for all images.
         size: (height, width).
 
     Raises:
@@ -25,7 +25,7 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
     """
     if not isinstance(masks, Tensor):
         pictures = [masks] if isinstance(masks, Image.Image) else masks
-        masks = from_pil(pictures, size, channels=1, background=0)[:, 0] > 0  # nothing is marked where nothing is
+        masks = from_pil(pictures, size, channels=1, background=0)[:, 0] > 0  # transparent parts are not marked
     if masks.dtype != torch.bool:
         raise ValueError(f"a mask tensor must be bool, True where the image is generated anew; got {masks.dtype}")
     masks = masks[None] if masks.ndim == 2 else masks
@@ -39,7 +39,7 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
 
 
 def token_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
-    """Pixel masks (B, H, W) as bool (B, h * w): True where a mask touches any pixel of a token of the (h, w) grid.
+    """Pixel masks (B, H, W) as bool (B, h * w): True for a token of the (h, w) grid if any of its pixels is masked.
 
     Raises:
         ValueError: the grid does not divide the image.
@@ -53,11 +53,12 @@ def token_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
 def scale_masks(regenerate: Tensor, scales: Sequence[Sequence[int]], *, whole: int = 3) -> Tensor:
     """Masks (B, h, w) of the largest grid as bool (B, L) of all scales: True where a token is generated anew.
 
-    What is kept is scaled down bilinearly to each grid, and a token is kept if more than half of it is. Grids of at
-    most ``whole`` tokens are kept: they mean all of the image. (VAR, arXiv 2404.02905, section 5.2.)
+    The mask of kept tokens is resized bilinearly to each grid; a token is kept where the result is above one half.
+    Grids of at most ``whole`` tokens are always kept, because their tokens describe the whole image. (VAR, arXiv
+    2404.02905, section 5.2.)
 
     Raises:
-        ValueError: masks of another grid than the last.
+        ValueError: the masks are not of the last grid.
     """
     if regenerate.ndim != 3 or tuple(regenerate.shape[1:]) != tuple(scales[-1]):
         raise ValueError(f"masks must be (B, {scales[-1][0]}, {scales[-1][1]}), got {tuple(regenerate.shape)}")
@@ -69,10 +70,10 @@ def scale_masks(regenerate: Tensor, scales: Sequence[Sequence[int]], *, whole: i
 
 
 def box_mask(box: Sequence[float], grid: tuple[int, int]) -> Tensor:
-    """A bool mask (h, w) of a grid, True inside a box [top, left, bottom, right] given in shares of the sides.
+    """A bool mask (h, w) of a grid, True inside a box [top, left, bottom, right] in shares of the sides.
 
     Raises:
-        ValueError: a box outside the image or empty.
+        ValueError: the box reaches outside the image, or its edges are not in order.
     """
     top, left, bottom, right = box
     if not (0 <= top <= bottom <= 1 and 0 <= left <= right <= 1):

@@ -42,19 +42,20 @@ def to_images(frames: np.ndarray) -> list[Image.Image]:
 
 
 def shown(pixels: Tensor) -> list[Image.Image]:
-    """A picture of each image (B, C, H, W) or clip (B, C, T, H, W) in [-1, 1]; of a clip its frames in a row."""
+    """A picture of each image (B, C, H, W) or clip (B, C, T, H, W) in [-1, 1]; that of a clip shows its frames in a
+    row."""
     if pixels.ndim != 5:
         return to_pil(pixels)
     return [contact_sheet([frames]) for frames in to_frames(pixels)]
 
 
 def overview(pixels: Tensor) -> Image.Image:
-    """A picture of all images (B, C, H, W) in a grid, or of all clips (B, C, T, H, W), a row each."""
+    """A picture of all images (B, C, H, W) in a grid, or of all clips (B, C, T, H, W), one per row."""
     return grid(shown(pixels), columns=1 if pixels.ndim == 5 else None)
 
 
 def compared(originals: Tensor, reconstructions: Tensor) -> Image.Image:
-    """A picture of images (B, C, H, W) over their reconstructions, or of clips (B, C, T, H, W) over theirs."""
+    """A picture of images (B, C, H, W) or clips (B, C, T, H, W), each above its reconstruction."""
     if originals.ndim != 5:
         return comparison(originals, reconstructions)
     rows = [picture for pair in zip(shown(originals), shown(reconstructions), strict=True) for picture in pair]
@@ -62,18 +63,20 @@ def compared(originals: Tensor, reconstructions: Tensor) -> Image.Image:
 
 
 def save_mp4(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
-    """Write frames (T, H, W, C) uint8 as H.264; the file appears whole or not at all. Odd sides get one more row or
-    column of the same pixels, which the format needs.
+    """Write frames (T, H, W, C) uint8 as H.264; the file appears whole or not at all.
+
+    H.264 needs even sides; the last row or column of an odd side is repeated.
 
     Raises:
         DecoderMissingError: PyAV is not installed.
+        ValueError: another shape or type, or no frames.
     """
     with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
         _encode(frames, file, fps)
 
 
 def mp4_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
-    """The content of an MP4 file."""
+    """Frames (T, H, W, C) uint8 as the content of an MP4 file; see :func:`save_mp4`."""
     buffer = io.BytesIO()
     _encode(frames, buffer, fps)
     return buffer.getvalue()
@@ -100,7 +103,7 @@ def save_gif(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
 
 
 def gif_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
-    """The content of a GIF file that repeats."""
+    """Frames (T, H, W, C) uint8 as the content of a GIF file that repeats."""
     first, *rest = to_images(frames)
     buffer = io.BytesIO()
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
@@ -123,21 +126,21 @@ def contact_sheet(clips: Sequence[np.ndarray] | np.ndarray, columns: int = 8) ->
     if not len(clips):
         raise ValueError("there are no clips to lay out")
     columns = min(columns, min(len(clip) for clip in clips))
-    images = [image for clip in clips for image in to_images(clip[_spread(len(clip), columns)])]
+    images = [image for clip in clips for image in to_images(clip[_evenly_spaced(len(clip), columns)])]
     return grid(images, columns)
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """``count`` of ``length`` frames, the first and the last among them."""
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    """The indices of ``count`` of ``length`` frames, evenly spread from the first to the last."""
     return np.linspace(0, length - 1, count).round().astype(int).tolist()
 
 
 def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: int, channels: int) -> Tensor:
-    """Given frames as clips (B, channels, T, size, size) in [-1, 1].
+    """Frames as clips (B, channels, T, size, size) in [-1, 1].
 
     Args:
-        frames: uint8 (T, H, W, C) or (B, T, H, W, C), resized and cropped in the centre; images of one clip, likewise;
-            or float clips (B, C, T, H, W) in [-1, 1], as they are.
+        frames: uint8 (T, H, W, C) or (B, T, H, W, C), or the PIL images of one clip: these are resized and cropped in
+            the centre. Float clips (B, C, T, H, W) in [-1, 1] are returned as they are.
 
     Raises:
         ValueError: another shape or type.

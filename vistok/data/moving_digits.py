@@ -1,7 +1,7 @@
 """Moving digits: clips made from scikit-learn's embedded digits, without any file. The class is the digit.
 
-After Moving MNIST (Srivastava et al., arXiv 1502.04681), with one digit per clip: it moves on a straight line and
-bounces off the edges. Where it begins, and its velocity, follow from (seed, clip).
+After Moving MNIST (Srivastava et al., arXiv 1502.04681), with one digit per clip. It moves on a straight line and
+bounces off the edges. Its first position and its velocity follow from (seed, clip).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vistok.data.clip_sources import ClipSource
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.sources import DigitsSource, hash_lines
 from vistok.draws import Keys
 
@@ -22,11 +22,11 @@ class MovingDigitsSource(ClipSource):
 
     Args:
         split: "train", "test" or None for both, as for the digits.
-        image_size: side of the frames; the digit takes half of it.
-        sideways: digits move along the middle of the frame only, left and right.
+        image_size: side of the frames in pixels; the side of the digit is half of it.
         num_frames: frames of a video.
-        motions: videos of each digit image, which differ in their motion.
-        speed: smallest and largest pixels per frame, as a share of the side.
+        sideways: digits move only to the left and right, at half height.
+        motions: videos per digit image, which differ in their motion.
+        speed: smallest and largest distance per frame, as a share of the side.
         seed: of the motions.
 
     Raises:
@@ -50,7 +50,7 @@ class MovingDigitsSource(ClipSource):
             raise ValueError(f"speed must be two ascending shares in [0, 0.5), got {speed}")
         if motions < 1 or num_frames < 1:
             raise ValueError(f"motions and num_frames must be at least 1, got {motions} and {num_frames}")
-        self._digits = DigitsSource(split=split, decoder=Decoder(1))
+        self._digits = DigitsSource(split=split, decoder=ImageDecoder(1))
         self.image_size, self.num_frames, self.motions, self.speed, self.seed = (
             image_size,
             num_frames,
@@ -80,7 +80,7 @@ class MovingDigitsSource(ClipSource):
         return canvas
 
     def positions(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        """The left and top edge of the digit in these frames, (n, 2) integers."""
+        """The left and top edge of the digit in the given frames: (n, 2) integers."""
         room = self.image_size - self.side
         uniforms = Keys.of(self.seed, [index]).uniform("motion", 4)[0].double().numpy()
         angle, speed = (

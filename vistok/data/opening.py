@@ -1,4 +1,4 @@
-"""From a config to the source that it describes."""
+"""Opens the source that a config describes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vistok.checkpoints.bounds import OversizedError, check_bytes
 from vistok.data.clip_shards import ClipShardSource
 from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.config import CLIP_SOURCES, DataConfig
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.folders import FolderSource
 from vistok.data.huggingface import HuggingFaceSource
 from vistok.data.moving_digits import MovingDigitsSource
@@ -17,7 +17,7 @@ from vistok.data.sources import DigitsSource, ImageSource, Selection, Torchvisio
 from vistok.data.video_files import folder_videos, listed_videos
 
 MOVING_SPANS = 4
-"""Moving digits are videos of this many clips, so that a random clip shows other places of the same path."""
+"""A video of moving digits is as long as this many clips, so that random clips show different parts of its path."""
 _ROOTS = {
     "folder": "a folder or .zip file of images",
     "torchvision": "torchvision's data folder",
@@ -30,8 +30,8 @@ def open_source(config: DataConfig) -> ImageSource | ClipSource:
     """Open the source that a config describes, cut down to ``limit`` images or videos.
 
     Raises:
-        ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks, and
-            for a batch that is larger than the machine's memory.
+        ValueError, FileNotFoundError: see the sources. ValueError also if the config lacks a key that the source needs,
+            or if a batch is larger than the machine's memory.
     """
     source = _open(config)
     samples, pixels = min(config.batch_size, len(source)), math.prod(config.input_shape)
@@ -52,7 +52,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
             f"data.source={config.source} holds images; leave data.num_frames out, or take clips from "
             f"{', '.join(CLIP_SOURCES)}, or shards (webdataset)"
         )
-    decoder = Decoder(config.channels, config.reading, side=config.image_size)
+    decoder = ImageDecoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
         return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
@@ -90,7 +90,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
     return TorchvisionSource(config.name, root, split=config.split, download=config.download, decoder=decoder)
 
 
-def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
+def _open_huggingface(config: DataConfig, decoder: ImageDecoder) -> ImageSource:
     if (config.name is None) == (config.root is None):
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
     return HuggingFaceSource(

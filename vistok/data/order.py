@@ -1,7 +1,7 @@
-"""Which samples form which batch, on which process: a function of (seed, epoch, rank) alone.
+"""Orders: which samples form which batch on which process, as a function of (seed, epoch, rank) alone.
 
-A batch number means the same thing to all processes: number ``k`` of ``world_size`` ranks together is one slice of
-the epoch's order. So a run sees the same images in the same steps on 1 x 64 and on 2 x 32.
+The batches number ``k`` of all ranks together are one slice of the epoch's order. So a run sees the same images in the
+same steps with 1 process of batch size 64 and with 2 of 32.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from vistok.draws import Keys
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """Training: a new permutation every epoch, whole batches only (the remainder of an epoch is left out).
+    """Training: a new permutation every epoch, in whole batches; the remainder of an epoch is left out.
 
     Attributes:
-        in_step: whether all processes have as many batches, so that none may skip one.
+        in_step: whether all processes have the same number of batches, so that none may skip one.
 
     Raises:
-        ValueError: there are too few samples for one batch, or ``rank`` is no rank.
+        ValueError: too few samples for one batch, or ``rank`` is not below ``world_size``.
     """
 
     length: int
@@ -79,20 +79,20 @@ class SequentialOrder:
 
 @dataclass(frozen=True)
 class ResampledOrder(ShuffledOrder):
-    """Training on samples drawn with replacement, anew in every epoch; as many batches as ``ShuffledOrder`` has."""
+    """Training on samples that every epoch draws anew, with replacement; with the batch count of ``ShuffledOrder``."""
 
     def batches(self, epoch: int) -> np.ndarray:
         shape = (len(self), self.world_size, self.batch_size)
-        # Two numbers of 24 bits each reach every sample of any data set.
+        # A float32 uniform has 24 random bits, too few to reach every sample of a large set; two have 48.
         high, low = Keys(self.seed, (0,), step=epoch).uniform("resampled order", 2, *shape)[0].double().numpy()
         return ((high + low / (1 << 24)) * self.length).astype(np.int64)[:, self.rank]
 
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Every sample of some shards once, in order; no batch reaches over the end of a shard.
+    """Every sample of the shards with the numbers ``shards`` once, in order; no batch crosses the end of a shard.
 
-    A shard is ``shard_size`` consecutive samples, the last one what is left; ``shards`` are their numbers.
+    A shard is ``shard_size`` consecutive samples; the last one may be shorter.
     """
 
     length: int

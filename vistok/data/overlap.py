@@ -1,4 +1,4 @@
-"""Held-out samples that are also trained on: found by what they are, not by what they are called."""
+"""Finds held-out samples that are also trained on, by their contents where possible."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vistok.data.video_files import VideoSource
 from vistok.utils.files import sha256
 
 MOST_LOOKED_AT = 256
-"""Held-out samples that are looked for, evenly spread: enough to see that sets overlap, and few enough to wait for."""
+"""How many held-out samples are looked for, evenly spread: enough to find an overlap, and few enough to be fast."""
 CHUNK = 16384
 """Cached samples that are compared at a time."""
 TOLD_APART = 0.9
-"""The share of held-out samples with tokens of their own from which on equal tokens are taken for copies."""
+"""Equal tokens count as copies if more than this share of the held-out samples have distinct tokens."""
 NAMED = (DigitsSource, TorchvisionSource)
 """Sources in which a name (data set, split and position) means the same image everywhere."""
 
 
 class Shared(NamedTuple):
-    """How much two sets share.
+    """How many held-out samples are also trained on.
 
     Attributes:
-        found: held-out samples that are trained on.
-        looked_at: those that were looked for.
-        example: one that was found, or None.
-        told_apart: whether what was compared differs from sample to sample, so that equals are copies.
+        found: how many were found among the training samples.
+        looked_at: how many were looked for.
+        example: the name of one that was found, or None.
+        told_apart: whether the compared values differ between most held-out samples, so that equal ones are copies.
     """
 
     found: int
@@ -45,7 +45,7 @@ class Shared(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was looked for is trained on."""
+        """Whether all samples that were looked for are trained on."""
         return self.found == self.looked_at and self.told_apart
 
     def __str__(self) -> str:
@@ -54,11 +54,14 @@ class Shared(NamedTuple):
 
 
 def shared_images(trained: Source, held_out: Source) -> Shared:
-    """Look for held-out images or videos among those that are trained on: by their bytes, wherever they lie, where they
-    are files; by their names, where these are of a known data set; else only by the fingerprints of the whole sets."""
-    looked = _spread(len(held_out))
+    """Look for held-out images or videos among those that are trained on.
+
+    Files are compared by their bytes. Other sources are compared by their fingerprints and, if both are known data sets
+    (``NAMED``), by the names of their samples.
+    """
+    looked = _looked_at(len(held_out))
     if (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
-        found = _same_bytes(files, others, looked)  # a fingerprint knows names and sizes, which other files may share
+        found = _same_bytes(files, others, looked)  # fingerprints have only names and sizes, which may be equal
     elif trained.fingerprint() == held_out.fingerprint():
         found = looked
     elif isinstance(_whole(trained), NAMED) and isinstance(_whole(held_out), NAMED):
@@ -70,9 +73,11 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
 
 
 def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared:
-    """Look for held-out samples among those that are trained on, by their tokens in any view; latents are compared up
-    to rounding. One tokenizer made all of them."""
-    looked = np.array(_spread(len(held_out)))
+    """Look for held-out samples among those that are trained on, by their tokens in any view.
+
+    Latents are compared up to rounding. One tokenizer must have made all caches.
+    """
+    looked = np.array(_looked_at(len(held_out)))
     rows = np.concatenate([_rows(held_out, looked, view) for view in range(held_out.views)])
     direction = np.random.default_rng(0).standard_normal(rows.shape[1])
     keys, found = rows @ direction, np.zeros(len(rows), dtype=bool)
@@ -94,7 +99,11 @@ def _rows(cache: TokenCache, indices: np.ndarray, view: int) -> np.ndarray:
 
 
 def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_keys: np.ndarray) -> np.ndarray:
-    """(n,) bool, which of the rows (n, d) are among the others (m, d); keys are projections, near where rows are."""
+    """Which of ``rows`` (n, d) are among ``others`` (m, d), as (n,) bool.
+
+    The keys (n,) and (m,) are projections onto one direction. Rows that are close have close keys, so only rows with
+    close keys are compared.
+    """
     order = np.argsort(other_keys)
     tolerance = 1e-3 + 1e-5 * np.abs(rows).sum(1)
     first = np.searchsorted(other_keys[order], keys - tolerance, side="left")
@@ -105,7 +114,8 @@ def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_key
     return among
 
 
-def _spread(count: int) -> list[int]:
+def _looked_at(count: int) -> list[int]:
+    """The indices of at most ``MOST_LOOKED_AT`` of ``count`` samples, evenly spaced."""
     looked = min(count, MOST_LOOKED_AT)
     return [number * count // looked for number in range(looked)]
 
@@ -123,7 +133,7 @@ class _Files(Protocol):
 
 
 class _VideoFiles:
-    """Videos as files; a folder of frames is one that holds the hashes of its frames, in their order."""
+    """Videos as files; a folder of frames counts as a file that holds the hashes of its frames, in their order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -140,7 +150,7 @@ class _VideoFiles:
 
 
 def _files(source: Source) -> tuple[_Files, Sequence[int]] | None:
-    """The files of a source, and which of them it takes; None if it does not read files."""
+    """The files of a source, and the indices of those that it uses; None if it does not read files."""
     whole = _whole(source)
     indices = source.indices if isinstance(source, Selection | SelectedClips) else range(len(source))
     if isinstance(whole, FileSource):
@@ -153,9 +163,9 @@ def _files(source: Source) -> tuple[_Files, Sequence[int]] | None:
 def _same_bytes(
     trained: tuple[_Files, Sequence[int]], held_out: tuple[_Files, Sequence[int]], looked: Sequence[int]
 ) -> list[int]:
-    """Which of the held-out files at ``looked`` have the bytes of one that is trained on.
+    """Which of the held-out files at ``looked`` have the same bytes as a training file.
 
-    Only files of the same length are read.
+    Only training files with the size of a held-out one are read.
     """
     (files, indices), (others, positions) = trained, held_out
     sizes = {index: others.size(positions[index]) for index in looked}
@@ -172,4 +182,4 @@ def _digest(files: _Files, index: int) -> bytes | None:
         with files.open(index) as file:
             return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
     except DECODING_ERRORS:
-        return None  # it cannot be read, which is told elsewhere
+        return None  # unreadable files are reported where they are loaded

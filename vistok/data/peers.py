@@ -1,4 +1,4 @@
-"""The token caches that other codebases write. Those of one system are read in its room, JSON lines here."""
+"""Token caches that other codebases write. The format of a single system lies with that system; JSON lines are here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PeerSample(NamedTuple):
     Attributes:
         values: ids (V, L), or raw moments (V, 2D, h, w): means, then log-variances.
         label: class id, or -1 for none.
-        where: its file, and line.
+        where: its file and line, for messages.
     """
 
     values: np.ndarray
@@ -30,15 +30,15 @@ class PeerSample(NamedTuple):
 
 
 class PeerCacheError(ValueError):
-    """A cache of another codebase that is not as that codebase writes it."""
+    """A cache of another codebase is not in the format of that codebase."""
 
 
 class PeerCache(ABC):
     """The samples of another codebase's cache, in a folder or a file.
 
     Attributes:
-        is_file: whether it is one file.
-        classes: their names in the order of the labels, if the cache tells.
+        is_file: whether the cache is one file; otherwise it is a folder.
+        classes: their names in the order of the labels, if the cache has them.
     """
 
     is_file: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class PeerCache(ABC):
 
 
 class JsonLines(PeerCache):
-    """Pretokenized files, as RAR and TiTok have them: one ``{"class_id": 3, "tokens": [5, 1, …]}`` a line."""
+    """Pretokenized files in the format of RAR and TiTok: one ``{"class_id": 3, "tokens": [5, 1, …]}`` per line."""
 
     is_file = True
 
@@ -77,7 +77,7 @@ class JsonLines(PeerCache):
     def _sample(self, number: int, line: bytes) -> PeerSample:
         where = f"{self._path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))  # Windows' editors begin a file with a mark
+            row = json.loads(line.decode("utf-8-sig"))  # editors on Windows begin a file with a byte order mark
             ids, label = np.array(row["tokens"]), row["class_id"]
             if ids.ndim > 1:
                 raise ValueError(f"tokens are nested, of the shape {ids.shape}; one list of ids is expected")
@@ -88,7 +88,7 @@ class JsonLines(PeerCache):
 
 
 def formats() -> dict[str, type[PeerCache]]:
-    """All formats by name: those of systems, which the registry names, and JSON lines, which several share."""
+    """All formats by name: those of single systems, from the registry, and JSON lines, which several systems share."""
     return registry.token_files() | {"jsonl": JsonLines}
 
 
@@ -96,7 +96,7 @@ def open_peer_cache(format_name: str, root: str | Path) -> PeerCache:
     """Open a cache of another codebase.
 
     Raises:
-        PeerCacheError: an unknown format, nothing at ``root``, or not what the format says.
+        PeerCacheError: an unknown format, or ``root`` does not exist, is not in this format, or holds no samples.
     """
     root = Path(root)
     known = formats()
@@ -125,7 +125,7 @@ def check_alike(samples: Sequence[PeerSample]) -> None:
 
 
 def checked_ids(values: np.ndarray, where: str) -> np.ndarray:
-    """``values`` as int64; PeerCacheError, which says ``where``, if they are no integers."""
+    """``values`` as int64. Raises PeerCacheError, with ``where``, if they are not integers or do not fit."""
     if values.dtype.kind not in "iu":
         raise PeerCacheError(f"{where} holds {values.dtype} in the place of ids, which are integers")
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
@@ -134,7 +134,7 @@ def checked_ids(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def checked_label(value: Any, where: str) -> int:
-    """``value`` if it is a class id, or -1; PeerCacheError otherwise."""
+    """``value`` if it is a class id or -1. Raises PeerCacheError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < UNCONDITIONAL:
         raise PeerCacheError(f"{where}: a class id is an integer from 0, or -1 for no class; got {value!r}")
     try:
@@ -145,7 +145,7 @@ def checked_label(value: Any, where: str) -> int:
 
 
 def load_array(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of a .npy, or the arrays of a .npz; PeerCacheError if it cannot be read."""
+    """The array of a .npy file, or the arrays of an .npz file. Raises PeerCacheError if it cannot be read."""
     try:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)

@@ -1,4 +1,4 @@
-"""From pixels to pictures: 8-bit values, PIL images, grids, PNG and ADM-style .npz files; and from photos to pixels.
+"""From pixels to pictures (8-bit values, PIL images, grids, PNG and ADM-style .npz files), and from photos to pixels.
 
 Pixels are float (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (RGB).
 """
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder, open_image
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder, open_image
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -27,14 +27,14 @@ GAP = 2  # white pixels between the images of a grid
 def to_uint8(
     pixels: Tensor, *, gain: float = 127.5, offset: float = 128.0, rounding: Literal["truncate", "nearest"] = "truncate"
 ) -> Tensor:
-    """Float pixels to 8 bit: ``gain * x + offset``, clamped to 0..255, then rounded; the shape stays.
+    """Float pixels to uint8 of the same shape: ``gain * x + offset``, clamped to 0..255, then rounded.
 
-    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated, which rounds
-    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. Truncating (x + 1) / 2 * 255 itself,
+    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated. This rounds
+    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. To truncate (x + 1) / 2 * 255 itself,
     a common mistake, leaves about half of all pixels one level too dark.
 
     Raises:
-        ValueError: integer pixels, or a value that is not finite.
+        ValueError: integer pixels, a value that is not finite, or an unknown ``rounding``.
     """
     if not pixels.is_floating_point():
         raise ValueError(f"expected float pixels, got {pixels.dtype}")
@@ -64,15 +64,15 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int, *, background: int = 255) -> Tensor:
-    """Images of any size to pixels (B, channels, H, W): upright, ADM's centre crop, grey or RGB.
+    """Images of any size to pixels (B, channels, H, W): turned upright, with ADM's centre crop, grey or RGB.
 
     Args:
         size: (height, width), which must be equal.
         background: grey level that shows through transparent parts.
 
     Raises:
-        ValueError: no images, something else among them, a size that is not square, or pixels that do not say which
-            value is white.
+        ValueError: no images, an item that is not a PIL image, a size that is not square, or pixels of which it is
+            unknown which value is white (see ``ImageDecoder.convert``).
     """
     height, width = size
     if height != width:
@@ -82,19 +82,19 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(f"images must be PIL images, got {type(image).__name__}; PIL.Image.open reads a file")
-    decoder = Decoder(channels, side=height, background=background)
+    decoder = ImageDecoder(channels, side=height, background=background)
     converted = [decoder.convert(image) for image in images]
     cropped = [image if image.size == (width, height) else center_crop_adm(image, height) for image in converted]
     arrays = np.stack([np.asarray(image).reshape(height, width, channels) for image in cropped])
     return to_pixels(arrays)
 
 
-def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Image:
-    """Read an image file whole: as ``decoder`` converts it, or as it is.
+def open_picture(path: str | Path, decoder: ImageDecoder | None = None) -> Image.Image:
+    """Decode an image file, and convert it with ``decoder`` if there is one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no image, or a damaged one.
+        ValueError: the file is not an image, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,10 +113,28 @@ def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Imag
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Equally large images side by side, row by row, with thin white lines between them.
+    """Images of one size in a grid, row by row, with thin white lines between them.
 
     Args:
         columns: images per row; None makes the grid about square.
+
+    Raises:
+        ValueError: no images, or images of different sizes.
+    """
+    columns, rows = layout(images, columns)
+    (width, height), mode = images[0].size, images[0].mode
+    sheet = Image.new(mode, (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    for position, image in enumerate(images):
+        row, column = divmod(position, columns)
+        sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
+    return sheet
+
+
+def layout(images: Sequence[Image.Image], columns: int | None = None) -> tuple[int, int]:
+    """The columns and rows of a grid of images.
+
+    Args:
+        columns: the most images per row; None makes the grid about square.
 
     Raises:
         ValueError: no images, or images of different sizes.
@@ -127,17 +145,11 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     if len(sizes) > 1:
         raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
-    (width, height), mode = images[0].size, images[0].mode
-    sheet = Image.new(mode, (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for position, image in enumerate(images):
-        row, column = divmod(position, columns)
-        sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
-    return sheet
+    return columns, math.ceil(len(images) / columns)
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
-    """A grid of originals over their reconstructions: rows of pixels (B, C, H, W) alternate."""
+    """A grid of images (B, C, H, W): each row of originals lies above the row of its reconstructions."""
     above, below = to_pil(originals), to_pil(reconstructions)
     if len(above) != len(below) or not above:
         raise ValueError(f"{len(above)} originals do not pair with {len(below)} reconstructions")
@@ -155,7 +167,7 @@ def save_png(image: Image.Image, path: str | Path) -> None:
 
 
 class NpzWriter:
-    """Appends images to the array that :func:`npz_writer` opened."""
+    """Appends images to the array that :func:`npz_writer` opens."""
 
     def __init__(self, member: IO[bytes], count: int) -> None:
         self._member, self._count = member, count
@@ -180,7 +192,7 @@ class NpzWriter:
             self._written += 1
 
     def check_complete(self) -> None:
-        """Raise ValueError unless as many images were written as the header says."""
+        """Raise ValueError unless the number of images is that of the header."""
         if self._written != self._count:
             raise ValueError(f"{self._count} images were announced, {self._written} were written")
 

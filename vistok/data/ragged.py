@@ -1,7 +1,7 @@
-"""Sequences of different lengths in memory-mapped files: what the samples of a token cache are conditioned on.
+"""Sequences of different lengths in memory-mapped files: the conditions of the samples in a token cache.
 
-A sample has any number of alternatives (several captions; the frames before each view), each a sequence of ids (n,) or
-of vectors (n, D). All sequences of a shard lie one after another in one array; a second one says how long each is.
+A sample has any number of alternatives (several captions; the frames before each view). Each is a sequence of ids (n,)
+or of vectors (n, D). One array holds all sequences of a shard, one after another; a second array holds their lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
     Attributes:
         values: (n,) ids or (n, D) vectors.
-        length: how long it was before it was cut to n; n if it was not.
+        length: its length before it was cut to n; n if it was not cut.
     """
 
     values: np.ndarray
@@ -33,8 +33,11 @@ class RaggedShard:
 
     Args:
         values: (total,) or (total, D), memory-mapped.
-        lengths: (N, K) int32, before they were cut; 0 where a sample has fewer than K alternatives.
+        lengths: (N, K) int32, before sequences were cut; 0 if a sample has fewer than K alternatives.
         most: the length that sequences were cut to.
+
+    Attributes:
+        counts: (N,) number of alternatives of each sample.
     """
 
     def __init__(self, values: np.ndarray, lengths: np.ndarray, most: int) -> None:
@@ -44,10 +47,11 @@ class RaggedShard:
         self.counts = (lengths > 0).sum(1)
 
     def read(self, rows: np.ndarray, alternatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The chosen alternative (B,) of each row (B,), padded on the left with zeros to the most there can be.
+        """The chosen alternative (B,) of each row (B,), padded on the left with zeros to the length ``most``.
 
         Returns:
-            values (B, T) or (B, T, D), and (B, T) bool, True where they are no padding; a row without any has none.
+            Values (B, T) or (B, T, D), and a mask (B, T) bool, False in the padding; a row without a sequence is all
+            padding.
         """
         shape = (len(rows), self._most)
         if not self._kept.shape[1]:
@@ -61,10 +65,11 @@ class RaggedShard:
 
 
 def pack(samples: Sequence[Sequence[Piece]], kind: IdSpec | FeatureSpec, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Values and lengths of a shard, as :class:`RaggedShard` reads them; empty sequences are left out.
+    """Values and lengths of a shard, in the form that :class:`RaggedShard` reads; empty sequences are left out.
 
     Raises:
-        ValueError: a vector with other channels, an id out of range, or a number that the dtype cannot hold.
+        ValueError: a vector with another number of channels, an id out of range, or a number that ``dtype`` cannot
+            hold.
     """
     kept = [[piece for piece in alternatives if len(piece.values)] for alternatives in samples]
     lengths = np.zeros((len(kept), max(map(len, kept), default=0)), np.int32)
@@ -89,14 +94,17 @@ def _checked(piece: Piece, kind: IdSpec | FeatureSpec, inner: tuple[int, ...]) -
 
 
 def stored_dtype(kind: IdSpec | FeatureSpec, features: str) -> str:
-    """The name of the type that sequences of this kind are stored in; ``features`` is that of vectors."""
+    """The name of the dtype that sequences of this kind are stored in; ``features`` names that of vectors."""
     if isinstance(kind, FeatureSpec):
         return features
     return "uint16" if kind.vocabulary_size <= 1 << 16 else "int32"
 
 
 def pad_left(pieces: Sequence[np.ndarray | None], kind: IdSpec | FeatureSpec) -> tuple[Tensor, Tensor]:
-    """Sequences as a batch: values (B, T) int64 or (B, T, D) float32, and a mask (B, T); None is all padding."""
+    """Sequences as a batch: values (B, T) int64 or (B, T, D) float32, and a mask (B, T) bool, False in the padding.
+
+    The row of a sequence that is None is all padding.
+    """
     inner, dtype = ((kind.dim,), torch.float32) if isinstance(kind, FeatureSpec) else ((), torch.int64)
     values = torch.zeros(len(pieces), kind.length, *inner, dtype=dtype)
     mask = torch.zeros(len(pieces), kind.length, dtype=torch.bool)

@@ -1,8 +1,8 @@
-"""Shards that lie elsewhere: fetched whole, once, without a shell.
+"""Remote shards, which are fetched whole, once, without a shell.
 
-What an address may be is a short list (``SCHEMES``), because addresses come from files that others wrote: http and
-https are read by the standard library, s3, gs and hf by fsspec. Only a :class:`vistok.config.ShellCommand`, which no
-file can hold, runs a command.
+Addresses come from files that others wrote, so only a short list of schemes is allowed (``SCHEMES``). The standard
+library reads http and https; fsspec reads s3, gs and hf. Only a :class:`vistok.config.ShellCommand`, which no file can
+hold, runs a command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from vistok._version import __version__
-from vistok.config import ConfigError, ShellCommand
+from vistok.signatures import ConfigError, ShellCommand
 from vistok.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ Shard = str | ShellCommand
 
 
 def is_remote(path: Shard) -> bool:
-    """Whether it is fetched, or refused, rather than opened as a local path."""
+    """Whether ``path`` is an address or a command (also one that is refused), not a local path."""
     return isinstance(path, ShellCommand) or "://" in path or path.lower().startswith(ShellCommand.PREFIX)
 
 
 def check_address(address: Shard) -> None:
-    """Raise ValueError unless this is something that :func:`fetch` may read."""
+    """Raise ValueError unless :func:`fetch` may read ``address``."""
     if isinstance(address, ShellCommand):
         return
     if address.lower().startswith(ShellCommand.PREFIX):
@@ -57,14 +57,14 @@ def check_address(address: Shard) -> None:
 
 
 def fetch(addresses: Sequence[Shard], cache: Path) -> list[Path]:
-    """The local copies of remote shards.
+    """The paths of the local copies of remote shards.
 
-    Those that are not there are fetched by one process, while others that want the same ones wait.
+    One process fetches the missing copies, while others that need the same shards wait.
 
     Raises:
-        ValueError: an address that is not fetched (see :func:`check_address`).
-        ConfigError: what reads such an address is not installed.
-        OSError: a shard cannot be had.
+        ValueError: an address that is not allowed (see :func:`check_address`).
+        ConfigError: the package that reads such an address is not installed.
+        OSError: a shard cannot be fetched.
     """
     from filelock import FileLock
 
@@ -88,7 +88,7 @@ def _copy_of(address: str, cache: Path) -> Path:
 
 
 def _key(*texts: str) -> str:
-    """What stands for some texts in the name of a file."""
+    """A hash of texts, for the name of a file."""
     return hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()[:32]
 
 
@@ -109,7 +109,7 @@ def _download(address: Shard, path: Path) -> None:
 
 @contextmanager
 def _opened(address: Shard) -> Iterator[IO[bytes]]:
-    """The bytes of a shard; leaving raises an error if they were not all there."""
+    """The bytes of a shard. Leaving the context raises an error if some are missing."""
     if isinstance(address, ShellCommand):
         with _output_of(address) as stream:
             yield stream
@@ -141,13 +141,14 @@ def _web(address: str) -> Iterator[IO[bytes]]:
         raise OSError(f"{address} cannot be fetched: {error}") from error
     with response:
         yield response
-        if response.length:  # what http.client still waits for at the end of a block-wise reading
+        if response.length:  # the bytes that http.client still expects after the last block
             raise ConnectionError(f"{address} ended {response.length:,} bytes too early")
 
 
 @contextmanager
 def _stored(address: str) -> Iterator[IO[bytes]]:
-    """An object of a store that fsspec knows. Never its chains of addresses ("a::b"), which may be anything."""
+    """An object of a store that fsspec reads. fsspec's chained addresses ("a::b") could open anything, so only the
+    plain scheme is passed on."""
     import fsspec
 
     scheme, _, path = address.partition("://")
@@ -160,5 +161,5 @@ def _stored(address: str) -> Iterator[IO[bytes]]:
             yield stream
     except OSError:
         raise
-    except Exception as error:  # each store has its own, such as "no credentials"
+    except Exception as error:  # each store has errors of its own, such as "no credentials"
         raise OSError(f"{address} cannot be fetched: {error!r}") from error

@@ -1,7 +1,7 @@
 """Images in webdataset shards: .tar files in which the files of one sample share their name up to the extension.
 
-Shards are indexed once and then read at random, so that batches, their order and resuming are those of any other
-source: exact, and the same for any number of workers. Remote shards are fetched whole, once.
+Shards are indexed once and then read at random. So batches, their order and resuming are exact, and do not depend on
+the number of workers, as for any other source. Remote shards are fetched whole, once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vistok.config import ShellCommand
 from vistok.data.captions import ShardCaptions
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import other_format, printable
 from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
 from vistok.data.tar import IMAGES, MOST_CLASSES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
+from vistok.signatures import ShellCommand
 from vistok.utils.files import atomic_file, cache_folder, read_json, read_lines
 
 log = logging.getLogger(__name__)
@@ -40,20 +40,17 @@ class ShardFiles(ImageFiles):
 
     Args:
         paths: the shards.
-        cache: where the indices of shards are kept; None keeps none.
+        cache: the folder in which the indices of shards are kept; None keeps none.
 
     Raises:
-        OSError: a shard that cannot be read.
-        ValueError: a shard that is damaged or no tar file, or a key with two images.
+        OSError: a shard cannot be read.
+        ValueError: a shard is damaged or not a tar file, or a key has two images.
     """
 
     def __init__(self, paths: Sequence[Path], cache: Path | None) -> None:
         self._paths = paths
         self.source = printable(str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} shards)")
-        indices = [samples_of(path, number, cache) for number, path in enumerate(paths)]
-        self.samples = [sample for index in indices for sample in index.samples]
-        self.left_out = sum((index.left_out for index in indices), LeftOut())
-        self.wrong_label = next((index.wrong_label for index in indices if index.wrong_label), None)
+        self.samples, self.left_out, self.wrong_label = index_shards(paths, cache, IMAGES)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,15 +80,16 @@ class ShardSource(FileSource):
     is unconditional. Class names are the lines of ``classnames.txt`` beside local shards, else the ids as text.
 
     Args:
-        pattern: a path or URL; ``{0000..0252}`` counts, a path may have wildcards, and ``{split}`` is the split.
-            URLs (``https://``, ``s3://``, ...; see :mod:`vistok.data.remote`) are fetched into ``cache``.
-        cache: where fetched shards and the indices of all shards are kept.
+        pattern: a path or URL. ``{0000..0252}`` stands for a range of numbers, and ``{split}`` for the split; a path
+            may have wildcards. URLs (``https://``, ``s3://``, …; see :mod:`vistok.data.remote`) are fetched into
+            ``cache``.
+        cache: the folder in which fetched shards and the indices of all shards are kept.
 
     Raises:
         FileNotFoundError: no such shard.
-        ValueError: a shard that is damaged or no tar file, a label that is no integer, labels for some images only, or
-            a split that ``pattern`` does not name.
-        ConfigError: a URL, and what reads it is not installed.
+        ValueError: a shard is damaged or not a tar file, a label is not a class id, only some images have labels, or
+            ``pattern`` does not name a split.
+        ConfigError: the package that reads such a URL is not installed.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class ShardSource(FileSource):
         pattern: Shard,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
         cache: Path | None = None,
     ) -> None:
         cache = cache or cache_folder("shards")
@@ -111,7 +109,7 @@ class ShardSource(FileSource):
         self.classes = class_names(pattern, self._paths, self._samples, IMAGES)
 
     def fingerprint(self) -> str:
-        return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
+        return fingerprint_of(self._samples)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions.of(self._samples[index].shard, self._samples[index].name)
@@ -122,12 +120,12 @@ class ShardSource(FileSource):
 
 
 def local_shards(pattern: Shard, split: str | None, cache: Path) -> list[Path]:
-    """The shards of a split, remote ones fetched into ``cache``.
+    """The paths of the shards of a split; remote ones are fetched into ``cache``.
 
     Raises:
         FileNotFoundError: no such shard.
-        ValueError: a split that ``pattern`` does not name.
-        ConfigError: a URL, and what reads it is not installed.
+        ValueError: ``pattern`` does not name a split.
+        ConfigError: the package that reads such a URL is not installed.
     """
     if "{split}" not in str(pattern) and split not in (None, "train"):
         raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
@@ -138,11 +136,11 @@ def local_shards(pattern: Shard, split: str | None, cache: Path) -> list[Path]:
 def check_samples(
     pattern: Shard, paths: Sequence[Path], kind: Kind, count: int, left_out: LeftOut, wrong_label: str | None
 ) -> None:
-    """Raise if shards hold no samples or a wrong label; warn of files that are left out.
+    """Raise an error if shards hold no samples or a wrong label; warn of files that are left out.
 
     Raises:
         FileNotFoundError: no samples.
-        ValueError: a label that is no class id.
+        ValueError: a label is not a class id.
     """
     if not count:
         raise FileNotFoundError(
@@ -156,11 +154,11 @@ def check_samples(
 
 
 def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample], kind: Kind) -> tuple[str, ...]:
-    """The names of the classes: those of ``classnames.txt`` beside the first shard, else the ids as text; none where no
-    sample has a label.
+    """The names of the classes: from ``classnames.txt`` beside the first shard, else the ids as text; none if no sample
+    has a label.
 
     Raises:
-        ValueError: labels for some samples only, too few names, or names that are no UTF-8.
+        ValueError: only some samples have labels, there are too few names, or they are not UTF-8.
     """
     unlabelled = [sample for sample in samples if sample.label == UNCONDITIONAL]
     if len(unlabelled) == len(samples):
@@ -186,8 +184,8 @@ def shard_paths(pattern: Shard) -> list[Shard]:
     """The shards that a pattern stands for, in order.
 
     Raises:
-        FileNotFoundError: a local path or wildcard with nothing there.
-        ValueError: more than ``MOST_SHARDS``, or an address that is not fetched.
+        FileNotFoundError: no file at a local path or for a wildcard.
+        ValueError: more than ``MOST_SHARDS`` shards, or an address that is not allowed.
     """
     paths: list[Shard] = []
     text = pattern.command if isinstance(pattern, ShellCommand) else pattern
@@ -218,7 +216,7 @@ def _with_text(pattern: Shard, change: Callable[[str], str]) -> Shard:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """``a-{00..02}.tar`` to a-00.tar, a-01.tar, a-02.tar; several pairs of braces multiply."""
+    """``a-{00..02}.tar`` to a-00.tar, a-01.tar, a-02.tar; several pairs of braces give all combinations."""
     match = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
     if match is None:
         yield pattern
@@ -228,21 +226,36 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
-def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES) -> Index:
-    """``index_shard``, whose result is kept in ``cache``, because a large set takes minutes to walk through.
+def index_shards(paths: Sequence[Path], cache: Path | None, kind: Kind) -> Index:
+    """The samples of all shards, in order; see ``samples_of``."""
+    indices = [samples_of(path, number, cache, kind) for number, path in enumerate(paths)]
+    return Index(
+        [sample for index in indices for sample in index.samples],
+        sum((index.left_out for index in indices), LeftOut()),
+        next((index.wrong_label for index in indices if index.wrong_label), None),
+    )
+
+
+def fingerprint_of(samples: Sequence[Sample]) -> str:
+    """A hash of the names and sizes of samples."""
+    return hash_lines(f"{sample.name} {sample.size}" for sample in samples)
+
+
+def samples_of(path: Path, number: int, cache: Path | None, kind: Kind) -> Index:
+    """``index_shard``, with its result kept in ``cache``, because indexing a large set takes minutes.
 
     Raises:
-        ValueError: it is cut, damaged or no tar file; or as ``index_shard``.
+        ValueError: the shard is cut, damaged or not a tar file; or see ``index_shard``.
     """
     status = path.stat()
-    # A shard that has changed is indexed anew, and all are if the rules of indexing have.
+    # A changed shard is indexed anew; so are all shards if the rules of indexing change.
     key = f"{INDEX_VERSION} {kind.extensions()} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     file = cache / "index" / f"{hash_lines([key])[:32]}.json" if cache is not None else None
     if file is not None:
         try:
             return _kept_index(read_json(file), number)
         except (OSError, ValueError, TypeError, KeyError):
-            pass  # it is not kept yet, or damaged
+            pass  # there is no kept index yet, or it is damaged
     try:
         index = index_shard(path, number, kind)
     except tarfile.TarError as error:
@@ -261,7 +274,7 @@ def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES)
 
 
 def _kept_index(kept: Any, number: int) -> Index:
-    """What was kept of a shard; ValueError, TypeError or KeyError if it is damaged."""
+    """The index of a shard from its kept form. Raises ValueError, TypeError or KeyError if that is damaged."""
     samples = [Sample(number, *row) for row in kept["samples"]]
     (count, names), wrong_label = kept["left_out"], kept["wrong_label"]
     for sample in samples:

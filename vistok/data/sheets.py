@@ -1,4 +1,4 @@
-"""Grids with labels: what each column, row or image is, in letters that stay readable beside small images."""
+"""Grids of images with labels for columns, rows or images, in letters that stay readable beside small images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vistok.data.pictures import GAP
+from vistok.data.pictures import GAP, layout
 
 LEAST = 64
-"""Images whose larger side is smaller are enlarged by a whole factor, to at least so many pixels."""
+"""Images whose larger side has fewer pixels are enlarged by a whole factor to at least this size."""
 TEXT = 16
 """Height of letters in pixels."""
 LINE = TEXT + 6
@@ -28,25 +28,19 @@ def sheet(
     labels: Sequence[str] = (),
     least: int = LEAST,
 ) -> Image.Image:
-    """Equally large images row by row on white, with labels.
+    """Images of one size in a grid on white, row by row, with labels.
 
     Args:
         columns: images per row; None makes the grid about square.
         column_labels: a text above each column.
         row_labels: a text left of each row.
-        labels: a text below each image. Those of columns and images have up to three lines.
-        least: pixels that the larger side of an image has at least.
+        labels: a text below each image. Labels of columns and images have up to three lines.
+        least: images whose larger side has fewer pixels are enlarged.
 
     Raises:
-        ValueError: no images, images of different sizes, or another number of labels than of what they name.
+        ValueError: no images, images of different sizes, or a wrong number of labels.
     """
-    if not images:
-        raise ValueError("there are no images to lay out")
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
+    columns, rows = layout(images, columns)
     for what, given, count in (
         ("columns", column_labels, columns),
         ("rows", row_labels, rows),
@@ -81,19 +75,19 @@ def sheet(
 
 
 def enlargement(image: Image.Image, least: int = LEAST) -> int:
-    """The whole factor by which an image becomes at least so large."""
+    """The smallest whole factor that makes the larger side of an image at least ``least`` pixels."""
     return max(1, math.ceil(least / max(image.size)))
 
 
 def enlarged(image: Image.Image, factor: int) -> Image.Image:
-    """The image with pixels that are ``factor`` times as large, with sharp edges."""
+    """Enlarge an image by a whole factor, with sharp pixels."""
     return (
         image if factor == 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     )
 
 
 def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text in at most ``LINES`` lines, no wider than ``width`` pixels; the last is cut where more is left."""
+    """The text in at most ``LINES`` lines of at most ``width`` pixels; words that do not fit are cut with …."""
     lines, words = list[str](), text.split()
     while words and len(lines) < LINES:
         count = 1
@@ -107,7 +101,7 @@ def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Im
 
 
 def shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, cut with … where it is wider than ``width`` pixels."""
+    """The text, cut with … if it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

@@ -1,8 +1,8 @@
-"""Where images come from: files, torchvision's datasets, scikit-learn's digits; see also :mod:`vistok.data.folders`,
+"""Sources of images: files, torchvision's datasets, scikit-learn's digits; see also :mod:`vistok.data.folders`,
 :mod:`vistok.data.shards` and :mod:`vistok.data.huggingface`.
 
-A source is a map-style dataset of ``(PIL image, label)``: mode L or RGB as its decoder says, whatever the size.
-A label is the position of the class in ``classes``, or -1 throughout where ``classes`` is empty (unconditional).
+A source is a map-style dataset of ``(PIL image, label)``. Its decoder chooses the mode, L or RGB; sizes may differ.
+A label is the position of the class in ``classes``; all labels are -1 if ``classes`` is empty (unconditional).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vistok.config import suggestion
 from vistok.data.captions import spell_digit
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.digit_variants import PLAIN, VARIANTS
 from vistok.data.imagefiles import ImageFiles
 from vistok.draws import Keys
+from vistok.utils.spelling import suggestion
 
 log = logging.getLogger(__name__)
 
 UNSAFE = ("LSUN", "LSUNClass")
-"""Datasets of torchvision that unpickle what lies in their folder, without a checksum."""
+"""Datasets of torchvision that unpickle a file of their folder without checking its hash."""
 
 
 class UnreadableImageError(Exception):
@@ -57,7 +57,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call this image in a message: its path, or dataset and position."""
+        """The name of an image in messages: its path, or dataset and position."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -72,12 +72,12 @@ class FileSource(ImageSource):
     """Images that lie in files.
 
     Args:
-        files: which.
-        labels: of each.
-        decoder: how they become images.
+        files: the image files.
+        labels: one per file.
+        decoder: how files become images.
     """
 
-    def __init__(self, files: ImageFiles, labels: Sequence[int], decoder: Decoder) -> None:
+    def __init__(self, files: ImageFiles, labels: Sequence[int], decoder: ImageDecoder) -> None:
         self.files, self._labels, self._decoder = files, labels, decoder
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class FileSource(ImageSource):
 class TorchvisionSource(ImageSource):
     """An image classification dataset of torchvision, by name.
 
-    ``split`` is handed on as torchvision names it (``train=`` for datasets that only know training and test).
+    ``split`` is passed on to torchvision (as ``train=`` to datasets that only have training and test images).
 
     Raises:
         ValueError: an unknown dataset, one without class labels, or an unknown split.
@@ -111,9 +111,9 @@ class TorchvisionSource(ImageSource):
         *,
         split: str | None = "train",
         download: bool = False,
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
     ) -> None:
-        self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download)
+        self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download=download)
         self._label = f"{name}/{split}"
         self._decoder = decoder
         self.classes = _torchvision_classes(self._dataset, name)
@@ -138,12 +138,13 @@ class TorchvisionSource(ImageSource):
 class DigitsSource(ImageSource):
     """scikit-learn's embedded handwritten digits: 1,797 grey images of 8x8, upsampled to 32x32 (bicubic).
 
-    The split is fixed: of every class, in the data set's order, the first 80 % are ``train`` and the rest is
-    ``test``; None is both. Their captions spell them out: "a seven".
+    The splits are fixed: the first 80 % of every class, in the data set's order, are ``train``, and the rest is
+    ``test``; None is both. Captions spell the digits out: "a seven".
 
     Args:
-        variants: every digit several times, one after another, as captions say: ``turned`` (as it is, to the left and
-            to the right by 45 degrees) or ``styled`` (as it is, slanted, thin, bold). None shows each once.
+        variants: shows every digit several times, one after another, and captions name the variant: ``turned`` (as it
+            is, turned left and turned right by 45 degrees) or ``styled`` (as it is, slanted, thin, bold). None shows
+            each digit once.
 
     Raises:
         ValueError: an unknown split, or unknown variants.
@@ -155,7 +156,7 @@ class DigitsSource(ImageSource):
         self,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(1),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(1),  # noqa: B008 (immutable)
         variants: str | None = None,
     ) -> None:
         from sklearn.datasets import load_digits
@@ -197,7 +198,7 @@ class DigitsSource(ImageSource):
 
 
 class Selection(ImageSource):
-    """Some of a source's images, by their indices there."""
+    """The images of a source at ``indices``."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -220,14 +221,14 @@ class Selection(ImageSource):
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    """The SHA-256 of some lines of text."""
+    """The SHA-256 hash of lines of text."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
 
 
-def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
+def _open_torchvision(name: str, root: Path, split: str | None, *, download: bool):
     from torchvision import datasets
 
     exported = {key: getattr(datasets, key) for key in datasets.__all__}
@@ -265,7 +266,7 @@ def _torchvision_classes(dataset, name: str) -> tuple[str, ...]:
 
 
 def _split_digits(labels: np.ndarray, split: str | None) -> np.ndarray:
-    """Positions of a split, ascending."""
+    """The positions of a split's digits, ascending."""
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         positions = np.flatnonzero(labels == label)

@@ -1,7 +1,7 @@
 """Streams of text and image tokens, for models that read and write both in one sequence.
 
-A sample of a token cache becomes a stream by a template: its segments are texts, images and special marks, each in the
-loss or not. Streams of a batch are padded on the right, with a mask.
+A template turns a sample of a token cache into a stream. Its segments are texts, images and special tokens, each in the
+loss or not. The streams of a batch are padded on the right, with a mask.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheE
 from vistok.draws import Keys
 from vistok.types import Condition, JointVocabulary, TokenKind, TokenSpec
 
-MARKS = JointVocabulary(0, 1).specials
+SPECIAL_TOKENS = JointVocabulary(0, 1).specials
 PARTS = ("ids", "given")
 KINDS: tuple[TokenKind, ...] = ("text", "image", "special")
-"""What the numbers of ``Streams.kinds`` mean."""
+"""The names of the numbers in ``Streams.kinds``."""
 TEXT_KIND, IMAGE_KIND = KINDS.index("text"), KINDS.index("image")
 
 
@@ -32,11 +32,11 @@ class Segment:
     """A part of a template.
 
     Attributes:
-        source: where it comes from: ``ids`` (the text), ``tokens`` (the image), ``given`` (an image that comes before),
-            or the name of a special mark.
+        source: ``ids`` (the text), ``tokens`` (the image), ``given`` (the given images), or the name of a special
+            token.
         in_loss: whether a model learns to predict it.
-        number: which text of a sample that has several; None is the one that the epoch draws. Of ``given``, which of
-            several images that lie one behind the other; None is all that is given.
+        number: for ``ids``, which of a sample's texts; None is the one that the epoch draws. For ``given``, which of
+            the given images; None is all of them, one after another.
     """
 
     source: str
@@ -49,10 +49,10 @@ class StreamConfig:
     """How samples become streams.
 
     Attributes:
-        share: how often, relative to the other templates.
-        template: its segments, such as ``begin ids answer begin_image* tokens* end_image*``; a star puts one into the
-            loss, ``ids:2`` is the third text of a sample, and ``given:1`` the second image that was given. None is the
-            template that is known by the name.
+        share: how often the template is drawn, relative to the others.
+        template: its segments, such as ``begin ids answer begin_image* tokens* end_image*``. A star puts a segment into
+            the loss; ``ids:2`` is the third text of a sample, and ``given:1`` its second given image. None takes the
+            entry of ``TEMPLATES`` with this name.
     """
 
     share: float = 1.0
@@ -63,18 +63,19 @@ SOURCES = ("ids", "tokens", "given")
 
 
 def parse_template(text: str) -> tuple[Segment, ...]:
-    """The segments of a template, see ``StreamConfig``.
+    """The segments of a template; see ``StreamConfig`` for its syntax.
 
     Raises:
-        ValueError: an unknown segment, or a template with nothing in the loss.
+        ValueError: an unknown segment, or no segment in the loss.
     """
     segments = []
     for word in text.split():
         source, _, number = word.rstrip("*").partition(":")
-        if source not in (*SOURCES, *MARKS) or (number and not (source in PARTS and number.isdecimal())):
+        if source not in (*SOURCES, *SPECIAL_TOKENS) or (number and not (source in PARTS and number.isdecimal())):
+            known = ", ".join((*SOURCES, *SPECIAL_TOKENS))
             raise ValueError(
-                f"{word!r} is no segment of a template; there are {', '.join((*SOURCES, *MARKS))}, each with a star or "
-                "not, and ids:0, ids:1, … and given:0, given:1, … for one of several texts and images"
+                f"{word!r} is no segment of a template; there are {known}, each with a star or not, and ids:0, "
+                "ids:1, … and given:0, given:1, … for one of several texts and images"
             )
         segments.append(Segment(source, word.endswith("*"), int(number) if number else None))
     if not any(segment.in_loss for segment in segments):
@@ -87,8 +88,8 @@ TEMPLATES: dict[str, tuple[Segment, ...]] = {
     "image_to_text": parse_template("begin begin_image tokens end_image answer ids* end*"),
     "edit": parse_template("begin begin_image given end_image ids answer begin_image* tokens* end_image*"),
 }
-"""The templates by name; the last has an image and an instruction before the image. ``begin`` is where somebody
-asks."""
+"""The templates by name. ``edit`` has an image and an instruction before the image to predict. ``begin`` marks the
+start of a question."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class Streams:
 
     Attributes:
         ids: (B, N) int64 of the joint vocabulary; where images are latents, the image id 0.
-        kinds: (B, N) int8, see ``KINDS``.
+        kinds: (B, N) int8, positions in ``KINDS``.
         in_loss: (B, N) bool, True where a model learns to predict the token.
         mask: (B, N) bool, False in the padding at the end.
-        latents: (B, N, D) float, zero where no image token is; None where images are ids.
+        latents: (B, N, D) float, zero at other tokens than those of images; None if images are ids.
     """
 
     ids: Tensor
@@ -132,8 +133,8 @@ class Streams:
         """The streams of a template.
 
         Args:
-            segments: each with its values, (B, n) ids of its own kind or (B, n, D) latents, and what of them is
-                valid, (B, n) bool; for a special mark the values are ignored.
+            segments: (segment, values, valid) each. Values are (B, n) ids of the segment's own vocabulary or (B, n, D)
+                latents, and are ignored for special tokens; ``valid`` is (B, n) bool.
         """
         columns = [_column(segment, values, vocabulary) for segment, values, _ in segments]
         mask = torch.cat([valid for _, _, valid in segments], 1)
@@ -156,7 +157,7 @@ class Streams:
 
     @classmethod
     def cat(cls, streams: Sequence[Streams]) -> Streams:
-        """The rows of all, padded to the longest."""
+        """Concatenate the rows of several streams, padded to the longest."""
         length = max(part.ids.shape[1] for part in streams)
         columns: dict[str, Any] = {}
         for field in fields(cls):
@@ -174,7 +175,7 @@ class Streams:
 
 
 def _column(segment: Segment, values: Tensor, vocabulary: JointVocabulary) -> tuple[Tensor, Tensor, Tensor]:
-    """Joint ids, kinds and membership in the loss, (B, n) each, of a segment."""
+    """Joint ids, kinds and ``in_loss`` of a segment, (B, n) each."""
     rows, count = values.shape[:2]
     if segment.source in vocabulary.specials:
         kind, ids = "special", torch.full((rows, count), vocabulary.special(segment.source))
@@ -188,16 +189,16 @@ def _column(segment: Segment, values: Tensor, vocabulary: JointVocabulary) -> tu
 
 
 class StreamBatches:
-    """Reads batches of streams from a cache; which template a sample follows is drawn by (seed, epoch, index).
+    """Reads batches of streams from a cache; each sample's template is drawn by (seed, epoch, index).
 
     The ``tokens`` of its batches are :class:`Streams`.
 
     Args:
-        streams: by name, a share alone for a template that is known, or a ``StreamConfig``.
+        streams: by the name of a template, its share (for the entries of ``TEMPLATES``) or a ``StreamConfig``.
 
     Raises:
-        ValueError: an unknown template, an unknown segment, or a share that is not above 0.
-        TokenCacheError: a template that needs texts as ids, or given tokens, and the cache has none.
+        ValueError: an unknown template or segment, or a share that is not above 0.
+        TokenCacheError: a template needs ids or given tokens that the cache does not have.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class StreamBatches:
             for name, config in configs.items()
         }
         for name, template in self.templates.items():
-            needed = {segment.source for segment in template} & {"ids", "given"}
+            needed = {segment.source for segment in template} & set(PARTS)
             missing = sorted(needed - set(cache.condition_spec.parts))
             if missing:
                 raise TokenCacheError(f"the template {name} needs {missing[0]!r}, which {cache.folder} does not have")
@@ -236,19 +237,22 @@ class StreamBatches:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What of the cache's conditions the streams are made of."""
+        """The parts of the cache's condition that the streams contain."""
         used = {segment.source for template in self.templates.values() for segment in template}
         return tuple(part for part in self._tokens.parts if part in used)
 
     @property
     def given_length(self) -> int | None:
-        """The most tokens of a given image, or of all of them where a template takes them together."""
+        """The most tokens of a ``given`` segment: of one image, or of all if a template takes them together."""
         given = self._cache.condition_spec.given
         together = any(s.source == "given" and s.number is None for t in self.templates.values() for s in t)
         return None if given is None else given.length if together else self._cache.spec["length"]
 
     def prompts(self, indices: np.ndarray) -> Condition | None:
-        """What samples (B,) ask for by the first template that ends in an image; None if none does."""
+        """The last question before the image, for samples (B,), in the first template that predicts an image.
+
+        None if no template does.
+        """
         for template in self.templates.values():
             drawn = [place for place, segment in enumerate(template) if segment.source == "tokens" and segment.in_loss]
             if drawn:
@@ -272,7 +276,7 @@ class StreamBatches:
             if len(rows):
                 parts.append(self._streams(template, batch, rows))
                 places.append(rows)
-        streams: Any = Streams.cat(parts)[torch.cat(places).argsort()]  # in the place of tokens
+        streams: Any = Streams.cat(parts)[torch.cat(places).argsort()]  # takes the field of the tokens
         return batch._replace(tokens=streams), failures
 
     def _streams(self, template: Sequence[Segment], batch: TokenBatch, rows: Tensor) -> Streams:
@@ -291,7 +295,7 @@ class StreamBatches:
         return Streams.of(segments, self.vocabulary)
 
     def _part(self, segment: Segment, condition: Condition, indices: np.ndarray) -> Condition:
-        """What a segment has of samples (B,) with a condition."""
+        """The content of a segment for samples (B,), as a condition of one part."""
         if segment.number is None:
             return condition.only([segment.source])
         if segment.source == "ids":
@@ -302,18 +306,18 @@ class StreamBatches:
 
 
 def _count(template: Sequence[Segment], source: str) -> int:
-    """How many texts or images of a sample a template numbers."""
+    """How many texts or given images a sample must have for the numbers in a template."""
     return max((s.number + 1 for s in template if s.source == source and s.number is not None), default=0)
 
 
 def _given_images(cache: TokenCache | TokenMixture) -> int:
-    """How many whole images are given before each sample."""
+    """The number of whole images that are given for each sample."""
     given = cache.condition_spec.given
     return 0 if given is None else given.length // cache.spec["length"]
 
 
 def joint_vocabulary(cache: TokenCache | TokenMixture) -> JointVocabulary:
-    """The ids of a cache's texts and images, and special marks, in one alphabet."""
+    """The vocabulary that joins a cache's text ids, image ids and the special tokens."""
     spec, ids = TokenSpec(**cache.spec), cache.condition_spec.ids
     return JointVocabulary(0 if ids is None else ids.vocabulary_size, spec.codebook_size or 1)
 
@@ -327,7 +331,7 @@ def stream_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader[TokenBatch]:
-    """Shuffled whole batches of streams, for training; ``batch_size`` is per process."""
+    """Whole batches of streams in a random order, for training; ``batch_size`` is per process."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(StreamBatches(cache, streams, seed=seed), order)
 
@@ -335,5 +339,5 @@ def stream_loader(
 def stream_evaluation_loader(
     cache: TokenCache, streams: Mapping[str, float | StreamConfig], batch_size: int, *, seed: int = 0
 ) -> Loader[TokenBatch]:
-    """Every sample once, in order; which template each one follows is that of the loader's epoch."""
+    """Every sample once, in order; its template is the one that the loader's epoch draws."""
     return Loader(StreamBatches(cache, streams, seed=seed), SequentialOrder(len(cache), batch_size, seed))

@@ -1,10 +1,10 @@
-"""Uncompressed tar files, which hold their files one after another as they are, and the samples in them.
+"""Uncompressed tar files, whose members can be read in place, and the samples in them.
 
-Files of one sample share its key; what follows the key is the extension. As webdataset has it, the extension begins at
-the first dot of the file's name, so that ``a.png``, ``a.seg.png`` and ``a.cls`` are one sample. A key may have dots all
-the same: ``v1.0.png`` is the image of a sample ``v1.0``, unless there is a sample ``v1`` with an image of its own.
-Without such an image, ``a.left.png`` and ``a.right.png`` are two samples; the label and the texts of ``a`` are those of
-both, but for what they have of their own.
+The files of one sample share a key, which the extension follows. As in webdataset, the extension begins at the first
+dot of the file's name, so that ``a.png``, ``a.seg.png`` and ``a.cls`` are one sample. A key may still have dots:
+``v1.0.png`` is the image of a sample ``v1.0``, unless there is a sample ``v1`` with an image of its own. Without such
+an image, ``a.left.png`` and ``a.right.png`` are two samples, which share the label and the texts of ``a`` where they
+have none of their own.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from vistok.data.imagefiles import LeftOut
 
 UNCONDITIONAL = -1
 LABELS = (".cls", ".json")
-"""Extensions of the files that may hold a sample's class id; the first one that does counts."""
+"""Extensions of files that may hold a sample's class id; the first one that holds it counts."""
 LONGEST_LABEL = 1 << 20
 MOST_CLASSES = 100_000
-"""More than any data set of images has: a larger id is no class id, and would make a model of so many classes."""
+"""More classes than any data set of images has: a larger id is probably not a class id, and would make models huge."""
 
 
 class Sample(NamedTuple):
-    """Where an image lies.
+    """The place of an image in a shard.
 
     Attributes:
         shard: number of the shard.
-        offset, size: of the image's bytes in it.
+        offset, size: of the image's bytes in the shard.
         name: the sample's key with the image's extension.
         label: class id, or -1.
     """
@@ -49,12 +49,12 @@ class Sample(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What a shard holds.
+    """The samples of a shard.
 
     Attributes:
-        samples: its images, in their order there.
-        left_out: the files of samples without an image that could be read.
-        wrong_label: what is wrong with the first label that is no class id; None if there is none.
+        samples: its images, in the order of the shard.
+        left_out: files that belong to no sample with an image, or cannot be read.
+        wrong_label: the message about the first label that is not a class id; None if there is none.
     """
 
     samples: list[Sample]
@@ -64,18 +64,18 @@ class Index(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What the samples of a shard are.
+    """A kind of samples in shards: images or videos.
 
     Attributes:
         name: for messages.
-        extensions: gives those of its files, with the dot, in lower case.
+        extensions: returns the extensions of its files, with the dot, in lower case.
     """
 
     name: str
     extensions: Callable[[], tuple[str, ...]]
 
     def wants(self, name: str) -> bool:
-        """Whether a file of this name is one."""
+        """Whether a file with this name is of this kind."""
         return extension(name) in self.extensions()
 
 
@@ -83,7 +83,7 @@ IMAGES = Kind("image", image_extensions)
 
 
 class Slice(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A range of bytes of a file, as a file that is only read."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = path.open("rb"), offset, size, 0
@@ -115,18 +115,18 @@ class Slice(io.RawIOBase):
 
 
 def open_member(path: Path, offset: int, size: int) -> BinaryIO:
-    """The bytes of a tar file's member, read when they are asked for."""
+    """Open a member of a tar file; its bytes are read on demand."""
     return io.BufferedReader(Slice(path, offset, size))
 
 
 class Contents(NamedTuple):
-    """What a tar file holds.
+    """The contents of a tar file.
 
     Attributes:
-        files: its members that are files, and links to such, by their names, in their order there; the bytes of each
-            begin at its ``offset_data``.
-        twice: names that more than one of them has; the last one counts.
-        skipped: what is neither file nor folder, with the reason.
+        files: the members that are files, or links to files before them, by name, in the order of the tar file. The
+            bytes of each begin at its ``offset_data``.
+        twice: names that several members have; the last member counts.
+        skipped: members that are neither a file nor a folder, with the reason.
     """
 
     files: dict[str, tarfile.TarInfo]
@@ -135,18 +135,18 @@ class Contents(NamedTuple):
 
 
 def contents(path: Path) -> Contents:
-    """Walk through a tar file.
+    """List the members of a tar file.
 
     Raises:
-        tarfile.ReadError: it is no uncompressed tar file, cut, or damaged.
-        OSError: it cannot be read at all.
+        tarfile.ReadError: the file is not an uncompressed tar file, is cut, or is damaged.
+        OSError: the file cannot be opened or read.
     """
     files: dict[str, tarfile.TarInfo] = {}
     twice, skipped = set[str](), list[str]()
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             name, target = member_name(member.name), member
-            if member.islnk() or member.issym():  # what tar makes of the second name of a file
+            if member.islnk() or member.issym():  # tar stores the second name of a file as a link
                 beside = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
                 target = files.get(beside if member.issym() else member_name(member.linkname), member)
             if member.isdir() or not name:
@@ -172,7 +172,7 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
 
     Raises:
         tarfile.ReadError, OSError: see ``contents``.
-        ValueError: a key has two of them.
+        ValueError: a key has two images.
     """
     members, twice, skipped = contents(path)
     hidden = [name for name in members if is_hidden(name)]  # such as ._a.png, which macOS puts beside a.png
@@ -188,7 +188,7 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
     wrong_label = None
     try:
         labels = _labels(path, members, keys, twice)
-    except ValueError as error:  # of no concern to those who only look at the images
+    except ValueError as error:  # kept for later: evaluation reads images without labels
         labels, wrong_label = {}, str(error)
     samples = [
         Sample(number, members[name].offset_data, members[name].size, name, _first(labels, keys_of(name)))
@@ -209,7 +209,7 @@ def _first(labels: Mapping[str, int], keys: Sequence[str]) -> int:
 
 
 def _chosen(members: Mapping[str, Any], kind: Kind) -> dict[str, str]:
-    """The names of images, with their keys."""
+    """From the name of each image to its key."""
     candidates = [name for name in members if kind.wants(name)]
     plain = {name for name in candidates if "." not in _key(name).rpartition("/")[2]}
     keys = {_key(name) for name in plain}
@@ -226,7 +226,7 @@ def _webdataset_key(name: str) -> str:
 
 
 def _is_read(name: str, keys: set[str]) -> bool:
-    """Whether a file is of a sample that has an image. A class id counts only under the sample's own key."""
+    """Whether a file belongs to one of the samples with these keys; a class id counts only under a key itself."""
     folder, slash, file = name.rpartition("/")
     parts = file.split(".")
     if extension(name) == LABELS[0]:
@@ -248,7 +248,7 @@ def _check_keys(path: Path, images: Mapping[str, str], kind: Kind) -> None:
 def _labels(
     path: Path, members: Mapping[str, tarfile.TarInfo], keys: set[str], twice: Collection[str]
 ) -> dict[str, int]:
-    """Class ids by key: that of its .cls file, else that of its .json file, if it has one."""
+    """Class ids by key, from the .cls file, else from the .json file; keys without one are left out."""
     labels: dict[str, int] = {}
     with path.open("rb") as file:
         for kind in LABELS:
@@ -269,10 +269,10 @@ def _labels(
 
 
 def _label(content: bytes, kind: str) -> int | None:
-    """The class id that a file holds; None if it is a .json file without "label", or with null there.
+    """The class id in a file; None if it is a .json file whose "label" is absent or null.
 
     Raises:
-        ValueError: something else than an integer from 0, or -1 for no class.
+        ValueError: the label is not an integer from 0, or -1 for no class.
     """
     if len(content) > LONGEST_LABEL:
         raise ValueError(f"the file has more than {LONGEST_LABEL:,} bytes")
@@ -282,7 +282,7 @@ def _label(content: bytes, kind: str) -> int | None:
         label = value.get("label") if isinstance(value, dict) else None
     if label is None:
         return None
-    if isinstance(label, str | bytes):  # Python's own int() also takes 1_000 and digits of other scripts
+    if isinstance(label, str | bytes):  # int() would also accept 1_000 and digits of other scripts
         text = label.decode("utf-8", "backslashreplace") if isinstance(label, bytes) else label
         label = int(text) if re.fullmatch(r"\s*-?[0-9]+\s*", text) else text
     if not isinstance(label, int) or isinstance(label, bool) or label < UNCONDITIONAL:
@@ -295,7 +295,7 @@ def _label(content: bytes, kind: str) -> int | None:
 
 
 def check_class(label: int) -> None:
-    """Raise ValueError for an id that would make more than ``MOST_CLASSES`` classes."""
+    """Raise ValueError if a class id is not below ``MOST_CLASSES``."""
     if label >= MOST_CLASSES:
         raise ValueError(
             f"{label} would be one of more than {MOST_CLASSES:,} classes (ids count from 0); is it an id of something "
@@ -304,9 +304,9 @@ def check_class(label: int) -> None:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Raise ReadError unless an archive that tarfile read up to ``end`` ends there, with zeros and nothing else.
+    """Raise ReadError unless an archive that tarfile read up to ``end`` holds only zeros from there on.
 
-    tarfile takes a cut file, and a damaged header, for the end.
+    tarfile takes a cut file or a damaged header for the end of the archive.
     """
     with path.open("rb") as file:
         file.seek(end)

@@ -1,4 +1,4 @@
-"""Images with a target: what a tokenizer reads, and what it is to reconstruct instead, in two folders of one layout."""
+"""Images with targets: a tokenizer reads an image of one folder, and reconstructs that of the same name in another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.config import DataConfig
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.folders import FolderSource
 from vistok.data.image_batches import ImageBatches, as_array
 from vistok.data.sources import ImageSource, UnreadableImageError
@@ -17,18 +17,18 @@ from vistok.data.transforms import ImageTransform, to_pixels
 
 
 class PairedBatches(ImageBatches):
-    """Batches whose ``target`` is the image of the same name in another folder, prepared alike.
+    """Batches whose ``target`` is the image of the same name in another folder, prepared in the same way.
 
-    A pair of which either cannot be read is left out.
+    A pair is left out if one of its images cannot be read.
 
     Args:
-        source: what is read, of the folder ``root``.
-        root: that folder, whose files' names say which targets belong to them.
-        targets: the other folder. It may hold more images; those are not used.
-        transform: of both; it must not be random, or the two would not show the same part.
+        source: the images to read; they lie in the folder ``root``, but may be selected or kept in memory.
+        root: the whole folder of these images; the names of its files say which targets belong to them.
+        targets: the folder of targets. It may hold more images, which are not used.
+        transform: of both images; it must not be random, or they would not show the same part.
 
     Raises:
-        ValueError: images without a target, or a random transform.
+        ValueError: an image has no target, or the transform is random.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class PairedBatches(ImageBatches):
 
 
 def paired(source: ImageSource, config: DataConfig, transform: ImageTransform) -> PairedBatches:
-    """The batches of a config with a ``target_root``, which is divided into splits like ``root`` or not at all."""
-    decoder = Decoder(config.channels, config.reading, side=config.image_size)
+    """The batches of a config with a ``target_root``, which is read with the split of ``root``."""
+    decoder = ImageDecoder(config.channels, config.reading, side=config.image_size)
     root, targets = (_folder(str(path), config.split, decoder) for path in (config.root, config.target_root))
     return PairedBatches(source, root, targets, transform, seed=config.seed)
 
 
-def _folder(path: str, split: str | None, decoder: Decoder) -> FolderSource:
+def _folder(path: str, split: str | None, decoder: ImageDecoder) -> FolderSource:
     return FolderSource(path, split=split, decoder=decoder)
 
 
 def stems(source: FolderSource) -> list[str]:
-    """The names of its files below the split, without their endings: what pairs an image with other versions of it."""
+    """The paths of a source's files below the split, without extensions: they pair an image with its target."""
     paths = (source.files.path(index).removeprefix(source.prefix) for index in range(len(source)))
     return [str(PurePosixPath(path).with_suffix("")) for path in paths]

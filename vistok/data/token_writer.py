@@ -1,4 +1,4 @@
-"""Writing token caches (:mod:`vistok.data.tokens`): sample after sample, or shard by shard from several processes."""
+"""Writes token caches (:mod:`vistok.data.tokens`): sample by sample, or shard by shard from several processes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vistok.utils.files import atomic_file, atomic_folder, read_json, write_json
 
 NOTHING = ConditionSpec()
 Sequences = Mapping[str, Sequence[Sequence[Piece]]]
-"""The alternatives of every sample, by the name of the part of the condition."""
+"""By the name of a part of the condition, the alternatives of every sample."""
 
 
 class Samples(NamedTuple):
-    """Samples as a shard stores them: tokens, labels, and the sequences of their condition."""
+    """Samples in the form that a shard stores: tokens, labels, and the sequences of their condition."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -35,16 +35,17 @@ class TokenShards:
     """Checks samples and writes them as the numbered shards of one cache.
 
     Args:
-        folder: where the shards go.
+        folder: the folder of the shards.
         spec: the fields of the tokenizer's TokenSpec (``dataclasses.asdict``).
         tokenizer_hash: identifies the weights; :meth:`TokenCache.check_tokenizer` compares it.
-        views: tokens of how many augmented versions of each image are written.
-        content: what is written: tokens, moments of their posteriors, or the latents that ids of scales are made of.
+        views: number of augmented versions of each image.
+        content: ``tokens``; ``moments`` of the posteriors of latents; or the ``latents`` that are quantized to the ids
+            of several scales.
         classes: names in the order of the labels; empty if unconditional.
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
-        condition: what else the samples are conditioned on: its ``ids``, ``features`` and ``given``.
-        text: what made ids and features of texts, by the name of the part; see ``TextEncoder.identity``.
-        feature_dtype: the type that features are stored in.
+        condition: the samples are conditioned on its ``ids``, ``features`` and ``given``, besides classes.
+        text: by the name of the part, the encoder that made it from texts; see ``TextEncoder.identity``.
+        feature_dtype: the dtype in which features are stored.
     """
 
     def __init__(
@@ -82,17 +83,17 @@ class TokenShards:
             self.header |= {"condition": to_json(self._condition), "dtypes": self._dtypes, "text": dict(text or {})}
 
     def checked(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None = None) -> Samples:
-        """Samples as they are stored.
+        """Check samples, and convert them to the form that is stored.
 
         Args:
-            tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says; or moments
-                (B, V, L, 2D).
+            tokens: ids (B, V, L) or (B, V, L, depth), or latents (B, V, L, D), as the spec says; or moments
+                (B, V, L, 2D), or latents before quantization (B, V, h * w, D), as ``content`` says.
             labels: (B,) ints; -1 for unconditional samples.
-            sequences: of each of the other parts of the condition, the alternatives of every sample: its texts; or the
-                tokens given before, one for each view.
+            sequences: by the name of each other part of the condition, the alternatives of every sample: its texts, or
+                the given tokens of each view.
 
         Raises:
-            ValueError: shapes, ids or labels that do not fit the spec and the classes, or a part that is missing.
+            ValueError: shapes, ids or labels do not fit the spec and the classes, or a part is missing.
         """
         stored, classes = _to_numpy(tokens), _to_numpy(labels)
         if stored.shape[1:] != self._shape or classes.shape != stored.shape[:1]:
@@ -100,9 +101,9 @@ class TokenShards:
                 f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
                 f"got {stored.shape} and {classes.shape}"
             )
-        _check_range("token id", stored, None if self._dtype is np.float32 else self._spec["codebook_size"])
+        _check_values("token id", stored, None if self._dtype is np.float32 else self._spec["codebook_size"])
         if self._classes:
-            _check_range("label", classes, len(self._classes))
+            _check_values("label", classes, len(self._classes))
         elif (classes != -1).any():
             raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
         sequences = dict(sequences or {})
@@ -114,17 +115,17 @@ class TokenShards:
         return Samples(stored.astype(self._dtype), classes.astype(np.int64), sequences)
 
     def write(self, number: int, samples: Sequence[Samples], failures: Failures | None = None) -> None:
-        """Write a shard; its labels come last and say that it is whole.
+        """Write a shard. The file of labels is written last, and shows that the shard is whole.
 
         Args:
-            samples: as ``checked`` returns them, part by part; there may be none.
+            samples: from ``checked``, in parts; there may be none.
             failures: the images of this shard that could not be read.
         """
         unreadable = self.folder / f"unreadable-{number:05d}.json"
         if failures:
             write_json(unreadable, failures)
         else:
-            unreadable.unlink(missing_ok=True)  # of a run that was killed in here
+            unreadable.unlink(missing_ok=True)  # an earlier run may have been killed while it wrote this shard
         arrays: dict[str, np.ndarray] = {}
         for name in self._sequences:
             pieces = [alternatives for part in samples for alternatives in part.sequences[name]]
@@ -134,7 +135,7 @@ class TokenShards:
         arrays["tokens"] = np.concatenate([nothing[0], *(part.tokens for part in samples)])
         arrays["labels"] = np.concatenate([nothing[1], *(part.labels for part in samples)])
         for kind, array in arrays.items():
-            content = io.BytesIO()  # NumPy does not say why it cannot write to a file
+            content = io.BytesIO()  # if NumPy writes to a file itself, its error does not say why it fails
             np.save(content, array)
             with atomic_file(self.folder / shard_name(kind, number)) as temporary, temporary.open("wb") as file:
                 file.write(content.getbuffer())
@@ -143,19 +144,19 @@ class TokenShards:
         return (self.folder / shard_name("labels", number)).exists()
 
     def failures(self) -> Failures:
-        """The images that could not be read, of all shards that any process has written so far."""
+        """The images that could not be read, in all shards that any process has written so far."""
         files = self.folder.glob("unreadable-*.json")
         return {int(index): reason for file in files for index, reason in read_json(file).items()}
 
     def write_index(self, count: int) -> None:
-        """Complete a folder that has the shards 0 .. count - 1."""
+        """Write index.json, which completes a folder with the shards 0 .. count - 1."""
         sizes = [len(np.load(self.folder / shard_name("labels", number), mmap_mode="r")) for number in range(count)]
         counts = {name: self._count_texts(name, count) for name in self._sequences if name != "given"}
         index = {**self.header, "shards": sizes} | ({"texts": counts} if counts else {})
         write_json(self.folder / "index.json", index)
 
     def _count_texts(self, name: str, count: int) -> dict[str, int]:
-        """How many samples are without a text, and how many texts were cut."""
+        """How many samples have no text, how many texts there are, and how many were cut."""
         lengths = [np.load(self.folder / shard_name(f"lengths-{name}", number)) for number in range(count)]
         most = getattr(self._condition, name).length
         return {
@@ -166,7 +167,7 @@ class TokenShards:
 
 
 class TokenWriter:
-    """Writes a token cache from one process; used as a context manager, it appears whole or not at all.
+    """Writes a token cache from one process. It is a context manager: the cache appears whole or not at all.
 
     Args:
         folder: must not exist yet.
@@ -174,7 +175,7 @@ class TokenWriter:
         The others are those of :class:`TokenShards`.
 
     Attributes:
-        folder: where the cache lies while it is being written; what else is put there becomes part of it.
+        folder: the temporary folder while the cache is being written; other files in it become part of the cache.
 
     Raises:
         FileExistsError: on entering, if ``folder`` exists.
@@ -223,7 +224,7 @@ class TokenWriter:
         if exception[0] is not None:
             self._stack.__exit__(*exception)
             return
-        with self._stack:  # a failure to finish discards the folder, too
+        with self._stack:  # an error in here discards the folder, too
             self._finish()
 
     def write(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None = None) -> None:
@@ -263,8 +264,8 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
 
 
-def _check_range(what: str, values: np.ndarray, count: int | None) -> None:
-    """Refuse integers outside 0..count-1; None means that the values are not ids."""
+def _check_values(what: str, values: np.ndarray, count: int | None) -> None:
+    """Raise ValueError unless all values are integers in 0..count-1; None accepts any values."""
     if count is None or not values.size:
         return
     if values.dtype.kind not in "iu":

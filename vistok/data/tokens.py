@@ -1,19 +1,20 @@
-"""The token cache: what a tokenizer made of a data set, in memory-mapped shards.
+"""The token cache: the tokens of a data set, in memory-mapped shards.
 
 A cache is a folder::
 
-    index.json            what made it (the tokenizer's hash and token spec), class names, sample counts
-    tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views. Of latents
-                          with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read.
-                          Of ids of scales, where asked for, the (N, V, h * w, D) latents that they are made of
-    labels-00000.npy      (N,) int64; -1 where there are no classes
+    index.json            the tokenizer's hash and token spec, class names, sample counts
+    tokens-00000.npy      ids (N, V, L) or (N, V, L, depth), or latents (N, V, L, D), of V augmentation views. For
+                          latents with a posterior, moments (N, V, L, 2D): means, then log-variances, which are sampled
+                          when they are read. For ids of scales, on request, the latents before quantization
+                          (N, V, h * w, D)
+    labels-00000.npy      (N,) int64; -1 if there are no classes
     conditions-features-00000.npy, lengths-features-00000.npy
-                          what else the samples are conditioned on, if anything (see :mod:`vistok.data.ragged`); of each
-                          part ("ids", "features", "given") that index.json describes
+                          the other parts of the condition ("ids", "features", "given") that index.json describes, if
+                          any (see :mod:`vistok.data.ragged`)
     unreadable-00000.json position and reason of the images that could not be read and are left out, if there are any
     tokens-00001.npy      …
 
-Ids are uint16 where the codebook allows, else int32 or int64; latents and moments are float32.
+Ids are uint16 if the codebook allows it, else int32 or int64; latents and moments are float32.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import check
 from vistok.data.files import NPY_ERRORS
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
+from vistok.signatures import check
 from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
 from vistok.utils.files import read_json
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments", "latents"]
-"""What a cache stores of an image; "latents" are those that ids of several scales are made of."""
+"""What a cache stores; "latents" are those before quantization, of tokenizers with ids of several scales."""
 
 
 class TokenBatch(NamedTuple):
     """Cached tokens of one batch.
 
     Attributes:
-        tokens: (B, L) or (B, L, depth) int64 ids, or (B, L, D) float32 latents; (B, h * w, D) before quantization.
+        tokens: ids (B, L) or (B, L, depth) int64, or latents (B, L, D) float32; (B, h * w, D) before quantization.
         condition: of the B samples.
         indices: (B,) int64, positions in the cache.
     """
@@ -57,21 +58,21 @@ class TokenBatch(NamedTuple):
 
 
 class TokenCacheError(ValueError):
-    """A folder that is no (whole) token cache, or one that another tokenizer made."""
+    """A folder is not a (whole) token cache, or another tokenizer made it."""
 
 
 class TokenCache:
-    """Reads a token cache. Nothing is loaded until a batch asks for it.
+    """Reads a token cache. Tokens are memory-mapped, and read only when a batch needs them.
 
     Attributes:
-        spec: the fields of the TokenSpec (lists where it has tuples; TokenSpec takes both).
-        condition_spec: what the samples are conditioned on.
-        texts: by the part that texts became, how many there are, how many were cut, and how many samples have none.
+        spec: the fields of the TokenSpec (with lists in place of tuples; TokenSpec takes both).
+        condition_spec: the spec of the samples' condition.
+        texts: by the part made from texts, how many texts there are, how many were cut, and how many samples have none.
         tokenizer_hash, source_fingerprint, views, content, classes, text: see
             :class:`vistok.data.token_writer.TokenShards`.
 
     Raises:
-        TokenCacheError: no token cache, or one with a missing, truncated or foreign shard.
+        TokenCacheError: the folder is not a token cache, or a shard is missing, truncated or does not fit index.json.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -107,12 +108,12 @@ class TokenCache:
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, of all samples."""
+        """The labels (N,) int64 of all samples."""
         return torch.from_numpy(self._labels)
 
     @property
     def view_shares(self) -> np.ndarray:
-        """(views,) float64, how often each view is to be drawn: all alike."""
+        """How often each view is drawn, (views,) float64: all equally often."""
         return np.full(self.views, 1 / self.views)
 
     def batch(self, indices: np.ndarray | Sequence[int], views: np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -123,14 +124,14 @@ class TokenCache:
             views: (B,) which augmented version of each.
 
         Returns:
-            tokens (B, L[, depth]) int64, or latents (B, L, D) or moments (B, L, 2D) float32; and labels (B,) int64.
+            Ids (B, L[, depth]) int64, or latents (B, L, D) or moments (B, L, 2D) float32; and labels (B,) int64.
 
         Raises:
-            IndexError: an index or a view that the cache lacks.
+            IndexError: an index or a view is out of range.
         """
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
-        _check_range("index", indices, len(self))
-        _check_range("view", views, self.views)
+        _check_indices("index", indices, len(self))
+        _check_indices("view", views, self.views)
         ids = self.spec["codebook_size"] is not None and self.content == "tokens"
         tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if ids else np.float32)
         shards = np.searchsorted(self._ends, indices, side="right")
@@ -141,11 +142,12 @@ class TokenCache:
         return torch.from_numpy(tokens), torch.from_numpy(self._labels[indices])
 
     def condition(self, indices: np.ndarray, views: np.ndarray, uniforms: np.ndarray) -> Condition:
-        """What samples (B,) are conditioned on.
+        """The condition of the samples at ``indices`` (B,).
 
         Args:
-            views: (B,), of which the given tokens are.
-            uniforms: (B,) in [0, 1), which of several texts of a sample is taken. A sample without any is dropped.
+            views: (B,) the views that the given tokens belong to.
+            uniforms: (B,) in [0, 1); chooses one of a sample's texts. The condition of a sample without texts is
+                dropped.
         """
         parts = [Condition.from_labels(torch.from_numpy(self._labels[indices]))] if self.classes else []
         shards = np.searchsorted(self._ends, indices, side="right")
@@ -170,7 +172,11 @@ class TokenCache:
         return Condition.together(*parts) if parts else Condition.none(len(indices))
 
     def text_of(self, indices: np.ndarray, number: int) -> Condition:
-        """The ids of one of the texts of samples (B,): that of the ``number``; dropped where a sample has fewer."""
+        """The ids of the text number ``number`` of the samples at ``indices`` (B,); dropped if a sample has fewer.
+
+        Raises:
+            ValueError: the cache has no texts.
+        """
         shards, spec = np.searchsorted(self._ends, indices, side="right"), self.condition_spec.ids
         if spec is None:
             raise ValueError(f"{self.folder} has no texts")
@@ -230,23 +236,23 @@ class TokenCache:
 
 
 class TokenMixture:
-    """Caches that one tokenizer made of the same images, read as one: the views of all of them, side by side.
+    """Several caches that one tokenizer made of the same images, read as one cache with the views of all of them.
 
     LlamaGen (arXiv 2406.06525) trains on ten crops of images of two sizes in this way.
 
-    Attributes:
-        folder: of the first cache, whose tokenizer stands for all.
-        view_shares: (views,) float64, how often each view is to be drawn; they sum to one. A cache's share is spread
-            evenly over its views.
-        spec, tokenizer_hash, views, content, classes, text, condition_spec, labels: as those of a cache.
-
     Args:
         caches: one or more.
-        weights: how often each cache is drawn, relative to the others; all alike by default.
+        weights: how often each cache is drawn, relative to the others; equally often by default.
+
+    Attributes:
+        folder: of the first cache.
+        view_shares: how often each view is drawn, (views,) float64; they sum to one. A cache's share is spread evenly
+            over its views.
+        spec, tokenizer_hash, views, content, classes, text, condition_spec, labels: as in a cache.
 
     Raises:
-        TokenCacheError: caches of other images or of another tokenizer.
-        ValueError: weights that are not one positive number per cache.
+        TokenCacheError: the caches are of different images or tokenizers.
+        ValueError: ``weights`` are not one positive number per cache.
     """
 
     def __init__(self, caches: Sequence[TokenCache], weights: Sequence[float] | None = None) -> None:
@@ -270,13 +276,13 @@ class TokenMixture:
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, of all samples."""
+        """The labels (N,) int64 of all samples."""
         return self.caches[0].labels
 
     def batch(self, indices: np.ndarray | Sequence[int], views: np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read one view of each sample; see :meth:`TokenCache.batch`."""
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
-        _check_range("view", views, self.views)
+        _check_indices("view", views, self.views)
         parts, back = [], []
         for cache, rows, inner in self._owned(views):
             parts.append(cache.batch(indices[rows], inner)[0])
@@ -284,7 +290,7 @@ class TokenMixture:
         return torch.cat(parts)[np.argsort(np.concatenate(back))], self.labels[indices]
 
     def condition(self, indices: np.ndarray, views: np.ndarray, uniforms: np.ndarray) -> Condition:
-        """What samples are conditioned on; see :meth:`TokenCache.condition`."""
+        """The condition of samples; see :meth:`TokenCache.condition`."""
         parts, back = [], []
         for cache, rows, inner in self._owned(views):
             parts.append(cache.condition(indices[rows], inner, uniforms[rows]))
@@ -292,7 +298,7 @@ class TokenMixture:
         return Condition.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(back)))]
 
     def text_of(self, indices: np.ndarray, number: int) -> Condition:
-        """The ids of one of the texts of samples; see :meth:`TokenCache.text_of`."""
+        """The ids of one text of each sample; see :meth:`TokenCache.text_of`."""
         return self.caches[0].text_of(indices, number)
 
     def check_texts(self, count: int) -> None:
@@ -301,7 +307,7 @@ class TokenMixture:
             cache.check_texts(count)
 
     def _owned(self, views: np.ndarray) -> Iterator[tuple[TokenCache, np.ndarray, np.ndarray]]:
-        """Each cache, the places (n,) in ``views`` of those that are its own, and which of its own they are."""
+        """For each cache: the cache, the positions (n,) in ``views`` of its own views, and their numbers in it (n,)."""
         owners = np.searchsorted(self._ends, views, side="right")
         for number, (cache, end) in enumerate(zip(self.caches, self._ends)):
             rows = np.flatnonzero(owners == number)
@@ -313,11 +319,11 @@ class TokenMixture:
 
 
 class TokenBatches:
-    """Reads batches of a cache, each sample in one view, with one of its texts, and latents with a posterior as one
-    sample of it; all drawn by (seed, epoch, index).
+    """Reads batches of a cache: each sample in one view, with one of its texts; moments become a sample of the
+    posterior. All choices are drawn by (seed, epoch, index).
 
     Args:
-        parts: what of the condition is read; None is all that the cache has.
+        parts: the parts of the condition to return; None is all that the cache has.
     """
 
     def __init__(self, cache: TokenCache | TokenMixture, *, seed: int = 0, parts: Sequence[str] | None = None) -> None:
@@ -338,8 +344,10 @@ class TokenBatches:
         return TokenBatch(tokens, condition, torch.from_numpy(np.array(indices))), {}
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) the view of every sample, and (N,) uniform numbers that choose its text; drawn at once, because a
-        generator per sample would outweigh the reading."""
+        """The view (N,) of every sample, and uniform numbers (N,) that choose its text.
+
+        They are drawn at once, because a generator per sample would take longer than reading.
+        """
         if self._drawn is None or self._drawn[0] != epoch:
             keys, count = Keys(self.seed, (0,), step=epoch), len(self.cache)
             views, texts = (keys.uniform(name, count)[0].double().numpy() for name in ("views", "texts"))
@@ -358,8 +366,10 @@ def token_loader(
     num_workers: int = 0,
     parts: Sequence[str] | None = None,
 ) -> Loader[TokenBatch]:
-    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process, ``parts`` as in
-    :class:`TokenBatches`."""
+    """Whole batches of a cache or a mixture in a random order, for training.
+
+    ``batch_size`` is per process; for ``parts`` see :class:`TokenBatches`.
+    """
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(TokenBatches(cache, seed=seed, parts=parts), order, num_workers=num_workers)
 
@@ -390,22 +400,26 @@ def _check_alike(one: TokenCache, other: TokenCache) -> None:
         )
 
 
-def _check_range(name: str, values: np.ndarray, count: int) -> None:
+def _check_indices(name: str, values: np.ndarray, count: int) -> None:
     """Raise IndexError unless all values lie in 0 .. count - 1."""
     if values.size and not 0 <= values.min() <= values.max() < count:
         raise IndexError(f"{name} out of range 0..{count - 1}: {values[(values < 0) | (values >= count)][0]}")
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents (..., D) of normal distributions given by their means and log-variances (..., 2D), with standard normal
-    noise (..., D)."""
+    """Latents (..., D): samples of normal distributions with the given moments, by standard normal noise (..., D).
+
+    ``moments`` (..., 2D) are means, then log-variances.
+    """
     mean, log_variance = moments.chunk(2, -1)
     return mean + (log_variance / 2).exp() * noise
 
 
 def sample_shape(spec: Mapping[str, Any], content: Content = "tokens") -> tuple[int, ...]:
-    """Shape of what a cache stores of one sample, under the fields of a TokenSpec: (L,), (L, depth), (L, D), of moments
-    (L, 2D), or of latents before quantization (h * w, D)."""
+    """The shape in which a cache stores one view of a sample, from the fields of a TokenSpec.
+
+    (L,) or (L, depth) for ids, (L, D) for latents, (L, 2D) for moments, (h * w, D) for latents before quantization.
+    """
     if content == "latents":
         return (math.prod(spec["scales"][-1]), spec["dim"])
     if spec["codebook_size"] is None:
@@ -414,7 +428,7 @@ def sample_shape(spec: Mapping[str, Any], content: Content = "tokens") -> tuple[
 
 
 def token_dtype(spec: Mapping[str, Any], content: Content = "tokens") -> Any:
-    """The type that a cache stores these tokens in."""
+    """The dtype in which a cache stores these tokens."""
     size = spec["codebook_size"]
     if size is None or content == "latents":
         return np.float32
@@ -422,12 +436,12 @@ def token_dtype(spec: Mapping[str, Any], content: Content = "tokens") -> Any:
 
 
 def shard_name(kind: str, number: int) -> str:
-    """The file of a shard; ``kind`` is "tokens", "labels", "conditions-ids", "lengths-ids", …"""
+    """The name of a shard's file; ``kind`` is "tokens", "labels", "conditions-ids", "lengths-ids", …"""
     return f"{kind}-{number:05d}.npy"
 
 
 def _condition_spec(index: Mapping[str, Any], folder: Path) -> ConditionSpec:
-    """What index.json says of the condition; the caches of version 0.1 know classes alone."""
+    """The condition that index.json describes; caches of version 0.1 have classes only."""
     try:
         spec = ConditionSpec(**{**index.get("condition", {}), "num_classes": len(index["classes"])})
         missing = set(spec.parts) - {"labels"} - set(index.get("dtypes", {}))
@@ -452,12 +466,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
         read = _Index(**check(_Index, {key: value for key, value in index.items() if key in known}, ""))
     except (ValueError, TypeError) as error:
         raise TokenCacheError(f"{folder}/index.json is damaged ({error}); make the cache again") from error
-    return {**index, "spec": asdict(read.spec) | index["spec"]}  # with what a TokenSpec has by default
+    return {**index, "spec": asdict(read.spec) | index["spec"]}  # with the defaults of TokenSpec
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What index.json must hold at least."""
+    """The keys of index.json that are checked."""
 
     spec: TokenSpec
     tokenizer: str

@@ -1,7 +1,7 @@
 """From a decoded image to pixels: crops, flips, small affine changes.
 
-Crops work on 8-bit PIL images, as the published protocols do; flips and affine changes on whole batches. What is
-random takes its uniform numbers as an argument, so that a result depends on (seed, epoch, image) alone.
+Crops work on 8-bit PIL images, as in the published protocols; flips and affine changes work on whole batches. Random
+transforms take their uniform numbers as an argument, so that a result depends on (seed, epoch, image) alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Crop = Literal["center", "random", "random_resized", "resize"]
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (Dhariwal & Nichol 2021), the preprocessing of nearly every ImageNet score."""
+    """ADM's centre crop to (size, size) (Dhariwal & Nichol 2021), the preprocessing of most ImageNet scores."""
     image = _shrink_adm(image, size)
     return _crop(image, size, left=(image.width - size) // 2, top=(image.height - size) // 2)
 
@@ -50,7 +50,7 @@ def random_crop(image: Image.Image, size: int, uniforms: Sequence[float]) -> Ima
 
 
 def squash(image: Image.Image, size: int) -> Image.Image:
-    """Resize both sides to ``size`` (bilinear), whatever the aspect: ViT-VQGAN's validation images."""
+    """Resize both sides to ``size`` (bilinear), whatever the aspect ratio, as ViT-VQGAN does for validation."""
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
@@ -61,7 +61,11 @@ def ten_crop(pixels: Tensor, size: int) -> Tensor:
         pixels: (B, C, H, W) with H, W >= size.
 
     Returns:
-        (B, 10, C, size, size): upper left, upper right, lower left, lower right, centre, and again mirrored.
+        (B, 10, C, size, size): upper left, upper right, lower left, lower right and centre crops of the images, then
+        those of the mirrored images.
+
+    Raises:
+        ValueError: the images are smaller than ``size``.
     """
     height, width = pixels.shape[-2:]
     if min(height, width) < size:
@@ -85,7 +89,7 @@ def random_flip(pixels: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def random_affine(pixels: Tensor, affine: Affine, uniforms: Tensor) -> Tensor:
-    """Turn, scale and shift each image about its centre (bilinear; what comes into view is black).
+    """Rotate, scale and shift each image about its centre (bilinear; pixels from outside the image are black).
 
     Args:
         pixels: (B, C, H, W) in [-1, 1].
@@ -95,7 +99,7 @@ def random_affine(pixels: Tensor, affine: Affine, uniforms: Tensor) -> Tensor:
     angle, scale, shift_x, shift_y = (2 * uniforms - 1)[..., None, None].unbind(1)  # (B, 1, 1) each
     angle = angle * math.radians(affine.degrees)
     scale = 1 + scale * affine.scale
-    # Output coordinates in [-1, 1], one row and one column; the source of each output pixel is looked up.
+    # Output coordinates in [-1, 1], one row and one column; each output pixel is sampled at its source.
     x = ((torch.arange(width) + 0.5) * 2 / width - 1)[None, None, :] - 2 * affine.translate * shift_x  # (B, 1, W)
     y = ((torch.arange(height) + 0.5) * 2 / height - 1)[None, :, None] - 2 * affine.translate * shift_y  # (B, H, 1)
     # Element by element, not by a matrix product, whose rounding may depend on the batch size.
@@ -108,7 +112,7 @@ def random_affine(pixels: Tensor, affine: Affine, uniforms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How an image becomes pixels: a crop to ``size``, then flip and affine changes; see ``DataConfig`` for each."""
+    """Turns images into pixels: a crop to ``size``, then flips and affine changes; see ``DataConfig`` for each."""
 
     size: int
     crop: Crop = "center"
@@ -125,7 +129,14 @@ class ImageTransform:
         return replace(self, crop=crop, flip=False, affine=None)
 
     def crop_image(self, image: Image.Image, uniforms: Sequence[float] | None = None) -> Image.Image:
-        """Crop to (size, size). ``uniforms``: three numbers in [0, 1), only looked at by the random crops."""
+        """Crop an image to (size, size).
+
+        Args:
+            uniforms: three numbers in [0, 1), which only random crops use.
+
+        Raises:
+            ValueError: a random crop without ``uniforms``.
+        """
         if image.size == (self.size, self.size) and self.crop != "random_resized":
             return image
         if self.crops_randomly and uniforms is None:
@@ -138,11 +149,11 @@ class ImageTransform:
         return center_crop_adm(image, self.size) if self.crop == "center" else squash(image, self.size)
 
     def crop_uniforms(self, keys: Keys) -> list[Sequence[float] | None]:
-        """What ``crop_image`` takes, for each sample of ``keys``."""
+        """The ``uniforms`` of ``crop_image`` for each sample of ``keys``."""
         return keys.uniform("crop", 3).tolist() if self.crops_randomly else [None] * len(keys)
 
     def augment(self, pixels: Tensor, keys: Keys) -> Tensor:
-        """Flip and change (B, C, size, size) as ``keys`` say."""
+        """Apply flips and affine changes to pixels (B, C, size, size), with random numbers drawn by ``keys``."""
         if self.flip:
             pixels = random_flip(pixels, keys.uniform("flip"))
         if self.affine is not None:
@@ -151,7 +162,7 @@ class ImageTransform:
 
 
 def _shrink_adm(image: Image.Image, size: int) -> Image.Image:
-    """Bring the short side to ``size``: halve with BOX while that is possible, then BICUBIC."""
+    """Resize the short side to ``size``: halve with BOX while it is at least twice that, then resize with BICUBIC."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,4 +1,4 @@
-"""Which decoder reads a video: PyAV, or torchcodec where it and the FFmpeg libraries that it needs are there."""
+"""Opens videos with PyAV, or with torchcodec if it and its FFmpeg libraries are installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.videos import (
     DecoderMissingError,
     FrameFolder,
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class TorchCodecFile(VideoFile):
-    """A video file whose frames are counted by PyAV, as those of every ``VideoFile``, and decoded by torchcodec.
+    """A video file whose frames PyAV counts, as in every ``VideoFile``, and torchcodec decodes.
 
-    Frame i is therefore the same frame with either decoder; its pixels may differ by single levels, as those of two
-    versions of FFmpeg do. PyAV decodes files of which torchcodec counts other frames, that are turned, or whose time
-    stamps are wrong.
+    So frame i is the same frame with either decoder. Its pixels may differ by single levels, as between two versions
+    of FFmpeg. PyAV also decodes if the decoders count different frames, if frames are turned, or if time stamps are
+    wrong.
     """
 
     def __init__(self, path: str | Path, opens: Callable[[], BinaryIO] | None = None):
@@ -36,7 +36,7 @@ class TorchCodecFile(VideoFile):
         self.decoder = f"torchcodec {torchcodec().__version__}, frames counted by {self.decoder}"
 
     def read(self, frames: Sequence[int]) -> np.ndarray:
-        self._check(frames)  # PyAV has opened the file by now, with the demuxer of its extension: it is no playlist
+        self._check(frames)  # PyAV has now opened the file with the demuxer of its extension, so it is no playlist
         if self._frames is None:
             return super().read(frames)
         try:
@@ -46,8 +46,8 @@ class TorchCodecFile(VideoFile):
 
     @cached_property
     def _frames(self) -> Any:
-        """torchcodec's decoder; None where it does not count as PyAV does, goes by time stamps that are wrong, or
-        would have to turn frames, which not all of its versions do."""
+        """torchcodec's decoder; None if it counts other frames than PyAV, if the time stamps are wrong, or if frames
+        must be turned, which not all of its versions do."""
         if self._without_times or self._degrees:
             return None
         try:
@@ -62,7 +62,7 @@ class TorchCodecFile(VideoFile):
 
 @cache
 def torchcodec() -> Any:
-    """The module ``torchcodec``; None where it is not installed, or finds no FFmpeg libraries that it can load."""
+    """The module ``torchcodec``; None if it is not installed, or cannot load FFmpeg's libraries."""
     try:
         import torchcodec
         import torchcodec.decoders
@@ -75,18 +75,18 @@ def torchcodec() -> Any:
 
 
 def video_file(path: str | Path, opens: Callable[[], BinaryIO] | None = None) -> VideoFile:
-    """A video file with the fastest decoder that is there."""
+    """A video file with torchcodec if that can be loaded, else with PyAV alone."""
     return VideoFile(path, opens) if torchcodec() is None else TorchCodecFile(path, opens)
 
 
-def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
-    """A video file, or a folder of frames, which ``decoder`` reads."""
+def open_video(path: str | Path, decoder: ImageDecoder = ImageDecoder()) -> Video:  # noqa: B008 (immutable)
+    """A video file, or a folder of frames; ``decoder`` reads the frames of a folder."""
     path = Path(path)
     return FrameFolder(path, decoder) if path.is_dir() else video_file(path)
 
 
 def decoder_versions() -> dict[str, str]:
-    """What is there to decode videos: frames may depend on it."""
+    """The versions of the installed video decoders, which decoded frames may depend on."""
     try:
         found = {"av": require_pyav().__version__}
     except DecoderMissingError:

@@ -1,4 +1,4 @@
-"""Videos in folders and lists of video files, and a look at what is wrong with them."""
+"""Videos in folders and in lists of video files, and a survey of problems with them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from vistok.data.clip_sources import ClipSource
+from vistok.data.clip_sources import ClipSource, OpenedClips
 from vistok.data.clips import ClipTransform
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, printable
 from vistok.data.sources import hash_lines
 from vistok.data.tar import UNCONDITIONAL
@@ -23,13 +21,13 @@ from vistok.utils.files import read_lines
 _LAYOUTS = f"videos are files ({' '.join(VIDEO_EXTENSIONS)}) or folders of images, in <class>/ folders or side by side"
 
 
-class VideoSource(ClipSource):
+class VideoSource(OpenedClips):
     """Videos in files and folders of frames, each with a label.
 
     Args:
         paths: of the videos.
         labels: one per video.
-        classes: their names; empty for none.
+        classes: names in the order of the labels; empty if there are none.
         decoder: of frames that are image files.
     """
 
@@ -38,26 +36,16 @@ class VideoSource(ClipSource):
         paths: Sequence[Path],
         labels: Sequence[int],
         classes: Sequence[str] = (),
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
     ):
         self.paths, self._labels, self.classes = list(paths), list(labels), tuple(classes)
         self._decoder = decoder
-        self._last: tuple[int, Video] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def video(self, index: int) -> Video:
-        """The video, opened; the last one is kept."""
-        if self._last is None or self._last[0] != index:
-            self._last = index, open_video(self.paths[index], self._decoder)
-        return self._last[1]
-
-    def length(self, index: int) -> int:
-        return len(self.video(index))
-
-    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        return self.video(index).read(frames)
+    def open(self, index: int) -> Video:
+        return open_video(self.paths[index], self._decoder)
 
     def label(self, index: int) -> int:
         return self._labels[index]
@@ -73,15 +61,16 @@ def folder_videos(
     root: str | Path,
     *,
     split: str | None = None,
-    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
-    """All videos below a folder. Folders right below it are classes, if videos lie in them.
+    """All videos below a folder. The folders directly below it that contain videos are the classes.
 
-    A GIF beside another video file of its name is a preview of that, as ``vistok sample`` writes them, and no video.
+    A GIF beside another video file of the same name counts as its preview (``vistok sample`` writes such previews), not
+    as a video.
 
     Args:
-        split: the folder of that name, where the root is divided into train/, val/ and so on; an undivided root is all
-            training videos. None takes the root as it is.
+        split: the folder with that name, if the root is divided into train/, val/ and so on; an undivided root holds
+            training videos only. None takes the root as it is.
         decoder: of frames that are image files.
 
     Raises:
@@ -101,7 +90,7 @@ def folder_videos(
             f"{root} is not divided into splits, so it has no {split!r}: put the videos into train/ and {split}/, or "
             "name another folder as root with data.split=null"
         )
-    found = sorted(_videos_below(root), key=lambda path: path.relative_to(root).as_posix())
+    found = sorted(videos_below(root), key=lambda path: path.relative_to(root).as_posix())
     if not found:
         raise FileNotFoundError(f"no videos in {root}; {_LAYOUTS}")
     owners = [path.relative_to(root).parts[0] if path.parent != root else "" for path in found]
@@ -115,20 +104,24 @@ def folder_videos(
     return VideoSource(found, [classes.index(owner) for owner in owners], classes, decoder)
 
 
-def _videos_below(root: Path) -> list[Path]:
-    """Video files, and folders that hold images and no folders."""
+def videos_below(root: Path) -> list[Path]:
+    """The video files below a folder, and the folders that hold images but no folders."""
     found = []
     names = {path.stem for path in root.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS and not _is_gif(path)}
     for path in sorted(root.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-            is_video = any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
-            found += [path] if is_video else _videos_below(path)
+            found += [path] if is_frame_folder(path) else videos_below(path)
         elif path.suffix.lower() in VIDEO_EXTENSIONS and not (_is_gif(path) and path.stem in names):
             found.append(path)
     return found
+
+
+def is_frame_folder(folder: Path) -> bool:
+    """Whether a folder is a video: it holds images, its frames, and no folders."""
+    inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
 
 
 def _is_gif(path: Path) -> bool:
@@ -139,23 +132,24 @@ def listed_videos(
     lists: str | Path,
     root: str | Path | None = None,
     *,
-    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
-    """Videos named by list files: several are joined by "+".
+    """The videos in list files, in one of three formats:
 
-    - UCF-101's own: a line ``Action/v_Action_g01_c01.avi [label]``;
-    - LARP's CSV with the columns id, path, action, label;
-    - Kinetics' CSV with the columns label, youtube_id, time_start, time_end: the file
-      ``[label/]<youtube_id>_<start>_<end>.mp4``, starts and ends padded to six digits.
+    - UCF-101's: lines ``Action/v_Action_g01_c01.avi [label]``;
+    - LARP's: CSV with the columns id, path, action, label;
+    - Kinetics': CSV with the columns label, youtube_id, time_start, time_end. The file of a video is
+      ``[label/]<youtube_id>_<start>_<end>.mp4``, with times padded to six digits.
 
-    Classes are the sorted names of the actions; those of UCF-101 come from the names of its files.
+    The classes are the sorted names of the actions; for UCF-101 they come from the names of the files.
 
     Args:
+        lists: the path of a list, or several joined by "+".
         root: folder that paths are relative to; None is the folder of the list.
 
     Raises:
-        FileNotFoundError: no such list, or a video that it names is not there.
-        ValueError: a list of another form or encoding, or one in which some videos have an action and others none.
+        FileNotFoundError: a list, or a video that it names, does not exist.
+        ValueError: a list has another format or encoding, or only some videos have an action.
     """
     rows: list[tuple[Path, str]] = []
     for name in str(lists).split("+"):
@@ -184,7 +178,7 @@ def listed_videos(
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
-    """(path, action) of each line of a list."""
+    """The (path, action) of each line of a list."""
     lines = [line for line in read_lines(path) if line.strip()]
     if path.suffix.lower() != ".csv":
         return [(line.split()[0], _action_of(line.split()[0])) for line in lines]
@@ -203,7 +197,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, 2):
         try:
             found.append(read(row))
-        except (ValueError, TypeError) as error:  # a cell is missing, or no number
+        except (ValueError, TypeError) as error:  # a cell is missing, or is not a number
             raise ValueError(f"{path}: row {number} names no video: {error}") from error
     return found
 
@@ -226,7 +220,7 @@ def _kinetics_row(row: Mapping[str, str | None]) -> tuple[str, str]:
 
 
 def _locate(path: Path, action: str) -> Path | None:
-    """The video, or the one of its name in the folder of its action."""
+    """The path of a video that exists: ``path`` itself, or its name in the folder of its action; None if neither."""
     return next((each for each in (path, path.parent / action / path.name) if each.exists()), None)
 
 
@@ -241,7 +235,7 @@ def _ucf_action(path: str) -> str | None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at all videos found: their lengths (0 where unreadable), and what is wrong, by name."""
+    """The lengths of all videos (0 if unreadable), and the names of those with a problem."""
 
     lengths: list[int]
     unreadable: dict[str, str]
@@ -249,7 +243,7 @@ class Survey:
     variable_rate: list[str]
 
     def describe(self) -> str:
-        """The counts in one line, and the first names of each kind."""
+        """One line with the counts, and the first names for each problem."""
         counts = f"{len(self.lengths)} videos"
         for what, names in (
             ("cannot be read", self.unreadable),
@@ -263,7 +257,7 @@ class Survey:
 
 
 def survey(source: ClipSource, transform: ClipTransform) -> Survey:
-    """Open every video once, without decoding: count frames, and name what cannot be used."""
+    """Open every video once to count its frames (mostly without decoding), and name those with a problem."""
     lengths, unreadable, too_short, variable = [], {}, {}, []
     for index in range(len(source)):
         name = source.name(index)

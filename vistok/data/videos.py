@@ -1,9 +1,9 @@
 """Frames of video files and of folders of frames, by index.
 
-Files are decoded by PyAV (``pip install vistok[video]``); ``video_decoders`` takes torchcodec where it is there. Frames
-are counted from the packets of the file, so that frame i is the same whatever was read before it, and no time stamp of
-a variable frame rate is guessed. They are shown as players show them: those that an edit list leaves out do not count,
-and what a phone filmed upright stands upright.
+PyAV decodes files (``pip install vistok[video]``); ``video_decoders`` uses torchcodec if it is installed. Frames are
+counted from the packets of the file. So frame i does not depend on what was read before, and no time stamp of a
+variable frame rate is guessed. Frames are those that players show: frames that an edit list leaves out do not count,
+and frames with a rotation are turned upright.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.formats import extension, is_image
 
-# The demuxer of each extension is named, so that no file can pass for a playlist, which would open other files.
+# The extension fixes the demuxer, so that no file can be opened as a playlist, which would open other files.
 FORMATS = {
     ".mp4": "mp4",
     ".m4v": "mp4",
@@ -32,11 +32,11 @@ FORMATS = {
     ".gif": "gif",
 }
 VIDEO_EXTENSIONS = tuple(FORMATS)
-UNEVEN = 1.5  # frames that lie this much farther apart than others make a rate variable
+UNEVEN = 1.5  # the frame rate is variable if the largest gap between frames exceeds the smallest by this factor
 
 
 class UnreadableClipError(Exception):
-    """A clip that cannot be decoded, or is too short: ``args`` are its name and the reason."""
+    """A clip cannot be decoded, or is too short: ``args`` are its name and the reason."""
 
     def __str__(self) -> str:
         return ": ".join(self.args)
@@ -51,7 +51,7 @@ class Video(ABC):
 
     path: Path
     decoder: str
-    """What decodes it, with its version: goes into the record of what was read."""
+    """The name and version of the decoder, for records."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -59,15 +59,15 @@ class Video(ABC):
 
     @abstractmethod
     def read(self, frames: Sequence[int]) -> np.ndarray:
-        """Frames (n, H, W, 3) uint8, in the order asked for; a frame may be asked for twice.
+        """Frames (n, H, W, 3) uint8 in the given order, which may repeat frames.
 
         Raises:
-            UnreadableClipError: a damaged file, or a frame that is not there.
+            UnreadableClipError: the file is damaged, or a frame does not exist.
         """
 
     @property
     def variable_rate(self) -> bool:
-        """Whether frames are shown for unlike times."""
+        """Whether frames are shown for different lengths of time."""
         return False
 
     def _check(self, frames: Sequence[int]) -> None:
@@ -77,14 +77,14 @@ class Video(ABC):
 
 
 class VideoFile(Video):
-    """A file of one of ``VIDEO_EXTENSIONS``.
+    """A video file with one of ``VIDEO_EXTENSIONS``.
 
     Args:
-        path: of the file; its extension says what it is.
-        opens: opens it, where it does not lie at ``path``: in a shard.
+        path: of the file; its extension gives the format.
+        opens: opens the file if it does not lie at ``path``, for example in a shard.
 
     Raises:
-        UnreadableClipError: another extension, or a file that is no video.
+        UnreadableClipError: another extension. A file that is not a video raises it when it is first used.
         DecoderMissingError: PyAV is not installed.
     """
 
@@ -111,7 +111,7 @@ class VideoFile(Video):
         found: dict[int, np.ndarray] = {}
         with self._opened() as (container, stream):
             if not self._without_times:
-                container.seek(min(wanted), stream=stream)  # to the last key frame that is not after it
+                container.seek(min(wanted), stream=stream)  # goes to the last key frame at or before this time
             for number, frame in enumerate(container.decode(stream)):
                 time = number if self._without_times else frame.pts
                 if time in wanted:
@@ -125,7 +125,7 @@ class VideoFile(Video):
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """Time stamps of all frames, ascending, in the stream's unit; their numbers where the file has none."""
+        """The time stamps of all frames, ascending, in the stream's unit; frame numbers if ``_without_times``."""
         with self._opened() as (container, stream):
             if self._without_times:
                 times = list(range(sum(1 for _ in container.decode(stream))))
@@ -138,14 +138,17 @@ class VideoFile(Video):
 
     @cached_property
     def _degrees(self) -> float:
-        """How many degrees the frames are turned by."""
+        """The rotation of the frames in degrees."""
         with self._opened() as (container, stream):
             return next((frame.rotation for frame in container.decode(stream)), 0)
 
     @cached_property
     def _without_times(self) -> bool:
-        """Whether frames can only be counted by decoding all: AVI keeps no time stamps, and those that FFmpeg derives
-        from the order of the packets are wrong where that is not the order of the frames."""
+        """Whether frames can only be counted by decoding all of them.
+
+        AVI has no time stamps. FFmpeg derives them from the order of the packets, which is not that of the frames if
+        the codec has B-frames.
+        """
         with self._opened() as (_, stream):
             return self.path.suffix.lower() == ".avi" and bool(stream.codec_context.has_b_frames)
 
@@ -154,7 +157,7 @@ class VideoFile(Video):
 
 
 class _Opened:
-    """A file that is being decoded: enters as (container, video stream); errors of the decoder name the file."""
+    """A context manager that opens a file for decoding, as (container, video stream). Its errors name the file."""
 
     def __init__(self, path: Path, opens: Callable[[], Any]):
         self.path, self._opens = path, opens
@@ -170,7 +173,7 @@ class _Opened:
         except (OSError, ValueError, av.FFmpegError) as error:
             self._file.close()
             raise UnreadableClipError(str(self.path), f"it cannot be opened as {form}: {_reason(error)}") from error
-        # A picture that is attached, the cover of a song, is no video.
+        # An attached picture, such as the cover of a song, is not a video.
         streams = [stream for stream in self._container.streams.video if not _is_attached(stream)]
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
@@ -187,9 +190,9 @@ class _Opened:
 
 
 class FrameFolder(Video):
-    """A folder of images, one per frame, in the order of their names; numbers in names count as numbers."""
+    """A folder with an image per frame, sorted by name; digits in names are compared as numbers."""
 
-    def __init__(self, path: str | Path, decoder: Decoder = Decoder()):  # noqa: B008 (immutable)
+    def __init__(self, path: str | Path, decoder: ImageDecoder = ImageDecoder()):  # noqa: B008 (immutable)
         self.path = Path(path)
         self.files = sorted(filter(is_frame, self.path.iterdir()), key=_natural)
         self.decoder, self._decoder = f"Pillow {PIL.__version__}", replace(decoder, channels=3)
@@ -210,10 +213,10 @@ class FrameFolder(Video):
 
 
 def stacked(images: Sequence[np.ndarray], path: Path) -> np.ndarray:
-    """Frames (H, W, 3) of a video as one array (n, H, W, 3).
+    """Frames (H, W, 3) of the video at ``path`` as one array (n, H, W, 3).
 
     Raises:
-        UnreadableClipError: their sizes differ.
+        UnreadableClipError: the sizes of the frames differ.
     """
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
@@ -222,7 +225,7 @@ def stacked(images: Sequence[np.ndarray], path: Path) -> np.ndarray:
 
 
 def upright(image: np.ndarray, degrees: float) -> np.ndarray:
-    """A frame (H, W, 3) turned counterclockwise by the quarter turns that its file asks for."""
+    """Turn a frame (H, W, 3) counterclockwise by ``degrees``, rounded to quarter turns."""
     return np.ascontiguousarray(np.rot90(image, round(degrees / 90)))
 
 
@@ -231,12 +234,12 @@ def _is_attached(stream: Any) -> bool:
 
 
 def is_frame(path: Path) -> bool:
-    """Whether a file is one frame: an image, and no GIF, which is a video."""
+    """Whether a file is an image that can be a frame; a GIF is a video."""
     return is_image(path.name) and extension(path.name) not in FORMATS and not path.name.startswith(".")
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """Sorts frame_9 before frame_10."""
+    """A sort key that puts frame_9 before frame_10."""
     import re
 
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name)]

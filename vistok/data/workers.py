@@ -1,4 +1,4 @@
-"""The processes that read data ahead: what ends them, and what is said when one dies."""
+"""The worker processes of loaders: how they end, and how their death is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 SECONDS_TO_DIE = 1.0
-"""A broken connection to a worker is noticed before its end is."""
+"""How long to wait for a worker's end: its connection breaks before the process has ended."""
 
 _loaders: weakref.WeakSet[DataLoader] = weakref.WeakSet()
 
@@ -22,17 +22,20 @@ class LoaderWorkerError(RuntimeError):
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """``worker_init_fn``: a request to stop is for the process that trains, which still needs its data for a while.
+    """A ``worker_init_fn`` that makes workers ignore SIGTERM and SIGINT.
 
-    Launchers, schedulers and terminals signal whole process groups; torch lets SIGTERM kill a worker.
+    Launchers, schedulers and terminals signal whole process groups. Only the training process should react: it still
+    needs its workers for a while, and torch lets SIGTERM kill them.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_the_parent(loader: DataLoader) -> None:
-    """End the workers of ``loader`` before Python exits, where multiprocessing would wait for them forever: it asks
-    with SIGTERM."""
+    """Make sure that the workers of ``loader`` end when Python exits.
+
+    multiprocessing would send SIGTERM, which they ignore, and wait forever.
+    """
     _loaders.add(loader)
 
 
@@ -52,11 +55,11 @@ def _workers(loader: DataLoader) -> list[BaseProcess]:
 
 
 def cause_of_death(loader: DataLoader) -> str | None:
-    """Which worker of ``loader`` died of what; None if all are well. Ask after an error."""
+    """Which worker of ``loader`` died, and of what; None if none did. Call it after an error."""
     workers = _workers(loader)
     try:
         _await_a_death(workers)
-    except RuntimeError:  # torch reports a death, too: once, from a signal handler, which may be now
+    except RuntimeError:  # torch's signal handler also raises once for a death, perhaps during this wait
         _await_a_death(workers)
     for worker in workers:
         if worker.exitcode:
@@ -68,7 +71,7 @@ def _await_a_death(workers: list[BaseProcess]) -> None:
     dying = wait([worker.sentinel for worker in workers], timeout=SECONDS_TO_DIE if workers else 0)
     for worker in workers:
         if worker.sentinel in dying:
-            worker.join()  # its files are closed before its exit code is known
+            worker.join()  # the sentinel is ready before the exit code is known
 
 
 def _ending(exitcode: int) -> str:

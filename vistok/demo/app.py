@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.pictures import open_picture, to_pil
 from vistok.demo.pictures import (
     compare,
     error_map,
-    heat_over,
+    heat_map_like,
     note,
     on_grid,
     picture,
@@ -25,7 +25,7 @@ from vistok.demo.pictures import (
     token_map,
     token_strip,
 )
-from vistok.demo.runs import MOST_IMAGES, Looked, Run
+from vistok.demo.runs import MOST_IMAGES, Reconstruction, Run
 from vistok.pipelines.display import describe, describe_tokens
 
 if TYPE_CHECKING:
@@ -116,9 +116,16 @@ def launched(
             app.close(verbose=False)
 
 
-def launch(paths: Sequence[str], **options: Any) -> None:
+def launch(
+    paths: Sequence[str],
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    max_upload_mb: float = 10,
+    device: str | None = None,
+) -> None:
     """Serve the demo until Ctrl-C; arguments as in :func:`launched`."""
-    with launched(paths, **options) as app:
+    with launched(paths, host=host, port=port, max_upload_mb=max_upload_mb, device=device) as app:
         print(f"{TITLE}: {app.local_url} (Ctrl-C ends it)", flush=True)
         app.block_thread()
 
@@ -154,12 +161,12 @@ def _run_page(gr: Any, run: Run, uploads: Path, suffix: str) -> None:
         with gr.Tab("Generate"):
             _generation(gr, run, suffix)
     if run.reads_pictures:
-        looked = gr.State(None)
+        reconstructed = gr.State(None)
         with gr.Tab("Reconstruct"):
-            _reconstruction(gr, run, looked, uploads, suffix)
+            _reconstruction(gr, run, reconstructed, uploads, suffix)
         if run.spec.discrete and run.spec.depth == 1:
             with gr.Tab("Tokens"):
-                _tokens(gr, run, looked, suffix)
+                _tokens(gr, run, reconstructed, suffix)
     if run.pipe is not None:
         with gr.Accordion("About this run", open=False):
             gr.Code(describe(run.pipe), language=None, show_label=False)
@@ -197,7 +204,7 @@ def _generation(gr: Any, run: Run, suffix: str) -> None:
     start.click(generate, [what, prompt, count, seed, *knobs.values()], [shown, said], api_name=f"generate{suffix}")
 
 
-def _reconstruction(gr: Any, run: Run, looked: Any, uploads: Path, suffix: str) -> None:
+def _reconstruction(gr: Any, run: Run, reconstructed: Any, uploads: Path, suffix: str) -> None:
     upload = gr.File(label="a picture", file_types=["image"], type="filepath")
     sides, errors = gr.HTML(note("Upload a picture: it is cropped to the size that this tokenizer reads.")), gr.HTML()
     lengths = run.prefixes()
@@ -206,36 +213,36 @@ def _reconstruction(gr: Any, run: Run, looked: Any, uploads: Path, suffix: str) 
     prefix = gr.Slider(1, len(lengths), value=len(lengths), step=1, label=label) if ordered else None
     prefix_view = gr.HTML(visible=ordered)
 
-    def take(path: str | None) -> tuple[Looked | None, str, str]:
+    def take(path: str | None) -> tuple[Reconstruction | None, str, str]:
         if path is None:
             return None, "", ""
         with _told(gr):
             try:
-                image = open_picture(path, Decoder(3))
+                image = open_picture(path, ImageDecoder(3))
             finally:
                 forget(Path(path), uploads)
-            found = run.look(image)
+            found = run.reconstruct(image)
         before, after = found.original, found.reconstruction
         shown = [(heat_image(found), f"error (white: 0.5 or more), PSNR {found.psnr:.1f} dB")]
         return found, compare(before, after), pictures([(after, "after"), *shown], 260)
 
-    def heat_image(found: Looked) -> Any:
+    def heat_image(found: Reconstruction) -> Any:
         return error_map(found.pixels[0], found.decoded[0])
 
-    def cut(found: Looked | None, index: float) -> str:
+    def cut(found: Reconstruction | None, index: float) -> str:
         if found is None:
             return note("Upload a picture first.")
         with _told(gr):
             length = lengths[int(index) - 1]
             return pictures([(to_pil(run.decode(found.tokens[:, :length]))[0], f"{length} of {lengths[-1]} tokens")])
 
-    upload.upload(take, upload, [looked, sides, errors], api_name=f"reconstruct{suffix}")
-    upload.clear(lambda: (None, "", ""), None, [looked, sides, errors], api_name=False)
+    upload.upload(take, upload, [reconstructed, sides, errors], api_name=f"reconstruct{suffix}")
+    upload.clear(lambda: (None, "", ""), None, [reconstructed, sides, errors], api_name=False)
     if prefix is not None:
-        prefix.release(cut, [looked, prefix], prefix_view, api_name=f"prefix{suffix}")
+        prefix.release(cut, [reconstructed, prefix], prefix_view, api_name=f"prefix{suffix}")
 
 
-def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
+def _tokens(gr: Any, run: Run, reconstructed: Any, suffix: str) -> None:
     gr.HTML(note("Of the picture in the tab Reconstruct. Equal ids have equal colours."))
     with gr.Row():
         what = gr.Dropdown(
@@ -250,7 +257,7 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
         swap, draw = gr.Button("Swap the token"), gr.Button("Another id at random")
     swapped = gr.HTML()
 
-    def draw_maps(found: Looked | None, what: str | None) -> str:
+    def draw_maps(found: Reconstruction | None, what: str | None) -> str:
         if found is None:
             return note("Upload a picture in the tab Reconstruct first.")
         with _told(gr):
@@ -260,10 +267,10 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
             bits = run.entropy(found.tokens, what)
             if bits is not None:
                 text = f"entropy of the generator: {bits.mean():.2f} bits on average, white is {bits.max():.2f}"
-                shown.append((heat_over(on_grid(bits, run.spec.grid), found.original), text))
+                shown.append((heat_map_like(on_grid(bits, run.spec.grid), found.original), text))
         return pictures(shown)
 
-    def change(found: Looked | None, position: float, index: float) -> str:
+    def change(found: Reconstruction | None, position: float, index: float) -> str:
         if found is None:
             return note("Upload a picture in the tab Reconstruct first.")
         with _told(gr):
@@ -277,10 +284,10 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
             ]
         return pictures(shown, 260)
 
-    show.click(draw_maps, [looked, what], maps, api_name=f"tokens{suffix}")
-    swap.click(change, [looked, position, index], swapped, api_name=f"swap{suffix}")
+    show.click(draw_maps, [reconstructed, what], maps, api_name=f"tokens{suffix}")
+    swap.click(change, [reconstructed, position, index], swapped, api_name=f"swap{suffix}")
     draw.click(partial(random.randrange, run.spec.num_ids), None, index, api_name=False).then(
-        change, [looked, position, index], swapped, api_name=False
+        change, [reconstructed, position, index], swapped, api_name=False
     )
 
 

@@ -15,12 +15,12 @@ from vistok.utils.report.blocks import data_uri
 
 SHOWN = 384
 """Width of a picture in CSS pixels, if there is room."""
-NOWHERE = Markup('<p class="vt-note">{}</p>')
+NOTE = Markup('<p class="vt-note">{}</p>')
 
 
 def note(text: str) -> str:
     """A line of text."""
-    return str(NOWHERE.format(text))
+    return str(NOTE.format(text))
 
 
 def picture(image: Image.Image, description: str, width: int = SHOWN) -> str:
@@ -84,7 +84,7 @@ def token_strip(ids: Tensor, columns: int = 32) -> Image.Image:
     return image.resize((columns * 24, rows * 24), Image.Resampling.NEAREST)
 
 
-def heat_over(values: Tensor, image: Image.Image) -> Image.Image:
+def heat_map_like(values: Tensor, image: Image.Image) -> Image.Image:
     """Values (h, w) as a heat map, at the size at which ``image`` is shown."""
     return heat(values).resize(enlarged_size(image), Image.Resampling.NEAREST)
 

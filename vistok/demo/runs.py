@@ -32,7 +32,7 @@ KNOBS = {"guidance_scale": (1.0, 10.0, 0.1), "temperature": (0.0, 2.0, 0.05), "t
 
 
 @dataclass(frozen=True)
-class Looked:
+class Reconstruction:
     """An image with its tokens and its reconstruction.
 
     Attributes:
@@ -158,13 +158,13 @@ class Run:
         return self.pipe
 
     @torch.no_grad()
-    def look(self, image: Image.Image) -> Looked:
+    def reconstruct(self, image: Image.Image) -> Reconstruction:
         """Encode and decode an image of any size."""
         pixels = self.tokenizer.preprocess(image)
         tokens = self.tokenizer.encode(pixels)
         decoded = self.decode(tokens)
         truth, made = ((part.float().cpu() + 1) / 2 for part in (pixels, decoded))
-        return Looked(pixels.float().cpu(), tokens.cpu(), decoded, float(psnr(truth, made)[0]))
+        return Reconstruction(pixels.float().cpu(), tokens.cpu(), decoded, float(psnr(truth, made)[0]))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

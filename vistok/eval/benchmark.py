@@ -5,7 +5,6 @@ It can be interrupted and resumed, and several processes can share it; the score
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,8 @@ from vistok.eval.classes import class_table
 from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import FeatureNetwork
-from vistok.eval.plan import BenchmarkError, BenchmarkPlan, Labels
-from vistok.eval.protocols import Protocol as Rules
-from vistok.eval.protocols import choose_protocol, load_network
+from vistok.eval.plan import BenchmarkError, BenchmarkPlan, Labels, recorded_options
+from vistok.eval.protocols import ImageProtocol, choose_protocol, load_network
 from vistok.eval.record import RESULT_FILE, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
@@ -35,9 +33,9 @@ from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import continued
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -128,8 +126,7 @@ def benchmark(
     rules = choose_protocol(protocol, features, network)
     if protocol == "reconstruction":
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     real = NO_REFERENCE if reference is None else open_reference(reference, reading=rules.reading)
     device = torch.device(device or processes.device())
     net = load_network(rules, weights=weights, features=features, network=network, device=device)
@@ -208,7 +205,7 @@ class _Run:
 class _Scoring:
     """Generates the missing images of a setting on all processes, and scores the setting on the first process."""
 
-    rules: Rules
+    rules: ImageProtocol
     network: FeatureNetwork
     features: tuple[str, ...]
     metrics: Sequence[str]
@@ -306,8 +303,6 @@ def _plan(
     network: Mapping[str, Any],
     eval_size: int | None,
 ) -> BenchmarkPlan:
-    options = to_json(dataclasses.asdict(pipe.options(**sampling)))
-    options.pop("guidance_scale", None)
     spec = pipe.generator.condition_spec
     num_classes = spec.num_classes
     if labels is None and spec.parts and not num_classes:
@@ -321,7 +316,7 @@ def _plan(
         labels=labels or ("balanced" if num_classes else "none"),
         num_classes=num_classes,
         seed=seed,
-        sampling=options,
+        sampling=recorded_options(pipe, sampling),
         tokenizer=pipe.tokenizer.fingerprint(),
         generator=pipe.generator.fingerprint(),
         network=network,
@@ -331,7 +326,7 @@ def _plan(
     )
 
 
-def _choose_metrics(rules: Rules, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
+def _choose_metrics(rules: ImageProtocol, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
     # All features of the samples are kept, so that only the number of images can rule a metric out.
     planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
     samples = Reference("the benchmark", planned)
@@ -360,8 +355,7 @@ def _generate(
     processes: Processes,
 ) -> int:
     """Generate this process's share of the missing shards; returns the number of images."""
-    mine = set(store.shards[processes.index :: processes.count])
-    todo = [shard for shard in store.missing() if shard in mine]
+    todo = store.todo(processes)
     count, done = sum(stop - start for start, stop in todo), 0
     with Bar(f"{sampler.plan.num_images:,} samples, {store.folder.name}", count) as bar:
         for shard in todo:
@@ -383,7 +377,7 @@ def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequen
 
 
 def _score(
-    rules: Rules,
+    rules: ImageProtocol,
     network: FeatureNetwork,
     metrics: Sequence[str],
     store: FeatureStore,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +18,8 @@ from vistok.eval.clip_report import write_clip_report
 from vistok.eval.clips import STATISTICS, ClipSet, choose_clips, distance_notes, open_videos, statistics_of
 from vistok.eval.features import Extraction, digests_of
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
-from vistok.eval.plan import shards_of
-from vistok.eval.record import library_versions, save_result
+from vistok.eval.plan import recorded_options, shards_of
+from vistok.eval.record import RESULT_FILE, library_versions, save_result
 from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
 from vistok.eval.video_protocols import VIDEO_PROTOCOLS, VideoProtocol, video_protocol
@@ -29,6 +28,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import continued
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -59,7 +59,7 @@ class ClipPlan:
     """The ``BenchmarkPlan`` of clips: everything that determines them and their features, except the ``Setting``.
 
     Attributes:
-        num_images: number of clips per setting.
+        num_clips: number of clips per setting.
         labels: what the clips are generated from.
         real: hash of the real clips whose classes or frames are taken; None if none are.
         seed: with the same seed, clip i is always the same.
@@ -70,7 +70,7 @@ class ClipPlan:
         dtype: of the generator's weights.
     """
 
-    num_images: int
+    num_clips: int
     labels: Given
     real: str | None
     seed: int
@@ -82,7 +82,9 @@ class ClipPlan:
     dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "vistok-clip-benchmark-1"} | asdict(self)
+        """The plan as JSON values, in which the number of clips is ``num_images``, as in the plans of images."""
+        values = asdict(self)
+        return to_json({"format": "vistok-clip-benchmark-1", "num_images": values.pop("num_clips")} | values)
 
 
 def benchmark_clips(
@@ -126,8 +128,7 @@ def benchmark_clips(
         ValueError, ConfigError: the clips' shape is not the protocol's, the generator needs a condition that the
             protocol does not give, or as the pipeline and ``choose_clips``.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     sampling, out = dict(sampling or {}), Path(out)
     channels, *shape = pipe.tokenizer.input_shape
     rules = video_protocol(protocol)
@@ -145,7 +146,7 @@ def benchmark_clips(
         )
     plan = _plan(pipe, rules, network, source, count, seed, sampling)
     settings = choose_settings(pipe, guidance_scales, temperatures, sampling, plan.sampling)
-    with continued(out, to_json(plan.to_json()), processes=processes):
+    with continued(out, plan.to_json(), processes=processes):
         started, shards = time.perf_counter(), shards_of(count)
         made, runs, previews = 0, [], []
         stores = [
@@ -153,7 +154,7 @@ def benchmark_clips(
             for setting in settings
         ]
         for setting, store in stores:
-            made += _generate(pipe, plan, source, rules, setting, store, network, batch_size, processes)
+            made += _generate(pipe, plan, source, rules, setting, sampling, store, network, batch_size, processes)
         generated = sum(processes.gather(made))  # also waits for the others
         if real is None:
             theirs = ClipStatistics.load(reference)
@@ -162,9 +163,12 @@ def benchmark_clips(
         if processes.is_first:
             for setting, store in stores:
                 runs.append(setting.describe(plan.sampling) | _score(store, rules, network, theirs, real))
+                if rules.guidance_scale is not None and setting.guidance_scale != rules.guidance_scale:
+                    note = f"the published numbers of {rules.name} are at guidance scale {rules.guidance_scale:g}"
+                    runs[-1]["warnings"].append(note)
                 previews.append(store.previews())
             result = {
-                "benchmark": to_json(plan.to_json()),
+                "benchmark": plan.to_json(),
                 "protocol": rules.name,
                 "runs": runs,
                 "generated": generated,
@@ -175,7 +179,7 @@ def benchmark_clips(
             save_result(result, out)
             write_clip_report(result, previews, shape[0], out)
         processes.wait()
-        return read_json(out / "result.json")
+        return read_json(out / RESULT_FILE)
 
 
 @dataclass(frozen=True)
@@ -242,14 +246,12 @@ def _plan(
     seed: int,
     sampling: Mapping[str, Any],
 ) -> ClipPlan:
-    options = to_json(dataclasses.asdict(pipe.options(**sampling)))
-    options.pop("guidance_scale", None)
     return ClipPlan(
-        num_images=count,
+        num_clips=count,
         labels=source.given,
         real=None if source.real is None else source.real.fingerprint(),
         seed=seed,
-        sampling=options,
+        sampling=recorded_options(pipe, sampling),
         tokenizer=pipe.tokenizer.fingerprint(),
         generator=pipe.generator.fingerprint(),
         protocol=rules.describe(),
@@ -264,16 +266,16 @@ def _generate(
     source: _Requests,
     rules: VideoProtocol,
     setting: Setting,
+    sampling: Mapping[str, Any],
     store: FeatureStore,
     network: ClipNetwork,
     batch_size: int,
     processes: Processes,
 ) -> int:
     """Generate this process's share of the missing shards; returns the number of clips."""
-    mine = set(store.shards[processes.index :: processes.count])
-    todo = [shard for shard in store.missing() if shard in mine]
-    options = setting.options(plan.sampling)
-    for shard in track(todo, f"{plan.num_images:,} clips, {store.folder.name}", len(todo)):
+    todo = store.todo(processes)
+    options = setting.options(sampling)
+    for shard in track(todo, f"{plan.num_clips:,} clips, {store.folder.name}", len(todo)):
         features, hashes, columns = [], [], []
         groups = Regrouper(GROUP)
         for start in range(*shard, batch_size):
@@ -325,6 +327,6 @@ def _score(
         "network": score["network"],
         "video_protocol": score["protocol"],
         "left_out": left_out,
-        "warnings": distance_notes(rules, ours.count, theirs.count, left_out),
-        "libraries": library_versions() | decoder_versions(),
+        "warnings": distance_notes(rules, ours, theirs, left_out),
+        "versions": library_versions() | decoder_versions(),
     }

@@ -35,7 +35,7 @@ def write_clip_report(
     for run, columns in zip(runs, previews):
         clips = [np.asarray(column).reshape(num_frames, -1, column.width, 3) for column in columns[:PLAYED]]
         sections.append(Section(f"Clips, {setting_text(run)}", list(_clips(clips))))
-    recorded = {"plan": plan} | {name: runs[0][name] for name in ("reference", "network", "libraries")}
+    recorded = {"plan": plan} | {name: runs[0][name] for name in ("reference", "network", "versions")}
     sections.append(Section("How to repeat it", list(repeat_blocks(result, recorded, "clips"))))
     path = Path(folder) / REPORT_FILE
     write_page(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from vistok.checkpoints import CheckpointError
+from vistok.checkpoints.weights import is_torchscript
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipTransform
 from vistok.data.config import DataConfig
@@ -22,11 +24,12 @@ from vistok.data.video_files import folder_videos, listed_videos
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
+from vistok.eval.guards import singular_warnings
 from vistok.eval.i3d import I3DNetwork, TorchScriptI3D
 from vistok.eval.metrics import Moments
 from vistok.eval.record import library_versions
 from vistok.eval.video import VIDEO_SSIM, psnr, ssim
-from vistok.eval.video_protocols import RECONSTRUCTION, VideoProtocol, chunks_of, drawn, video_protocol
+from vistok.eval.video_protocols import DETECTORS, RECONSTRUCTION, VideoProtocol, chunks_of, drawn, video_protocol
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -76,13 +79,12 @@ class ClipSet:
         return self.transform.pixels(self.source.read(video, frames))
 
 
-def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, name: str, seed: int = 0) -> ClipSet:
+def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, name: str) -> ClipSet:
     """The clips of one side by a protocol. Of each generated video it is the one that begins at the first frame.
 
     Args:
         real: whether this is the real side.
         name: where the videos came from, for reports.
-        seed: of random starts.
 
     Raises:
         ValueError: no video is long enough.
@@ -107,7 +109,7 @@ def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, nam
     if not real or protocol.choice == "given":
         starts = [(index, 0) for index in usable]
     elif protocol.choice == "random_start":
-        uniforms = Keys.of(seed, usable).uniform("start", 1)[:, 0].tolist()
+        uniforms = Keys.of(cast(int, protocol.seed), usable).uniform("start", 1)[:, 0].tolist()
         starts = [(i, transform.frames(lengths[i], u)[0]) for i, u in zip(usable, uniforms, strict=True)]
     else:
         starts = chunks_of(lengths, protocol.num_frames, protocol.frame_stride)
@@ -125,18 +127,31 @@ def open_videos(what: str | Path) -> ClipSource:
     return folder_videos(what) if Path(what).is_dir() else listed_videos(what)
 
 
-def load_clip_network(weights: str | Path | None, *, device: torch.device | str = "cpu") -> ClipNetwork:
-    """Load I3D: the PyTorch port, or StyleGAN-V's TorchScript file if the file's name contains "torchscript".
+def load_clip_network(
+    weights: str | Path | None, *, torchscript: bool = False, device: torch.device | str = "cpu"
+) -> ClipNetwork:
+    """Load I3D: the PyTorch port, or StyleGAN-V's TorchScript file.
 
     Args:
         weights: file with the weights; None downloads those of the port once.
+        torchscript: whether ``weights`` is a TorchScript file. Loading it runs the code in it: say so only of a file
+            that you trust.
 
     Raises:
-        CheckpointError: the weights are absent, damaged or of another network, or cannot be downloaded.
+        CheckpointError: the weights are absent, damaged or of another network, or cannot be downloaded; or they are
+            TorchScript and ``torchscript`` is False.
+        ValueError: ``torchscript`` is True, but no file is named.
     """
-    if weights is not None and "torchscript" in Path(weights).name:
-        return TorchScriptI3D(weights, device=device)
-    return I3DNetwork.load(weights, device=device)
+    if not torchscript:
+        if weights is not None and is_torchscript(weights):
+            raise CheckpointError(
+                f"{weights} is TorchScript, which runs the code in the file when it is loaded. If you trust it, say "
+                "so: torchscript=True (command line: --torchscript; of a probe: --network i3d_torchscript)"
+            )
+        return I3DNetwork.load(weights, device=device)
+    if weights is None:
+        raise ValueError("name the TorchScript file with weights=PATH (command line: --weights PATH)")
+    return TorchScriptI3D(weights, device=device)
 
 
 def clip_statistics(
@@ -222,26 +237,31 @@ def evaluate_clips(
         "network": score["network"],
         "video_protocol": score["protocol"],
         "left_out": left_out | left_out_there,
-        "warnings": distance_notes(rules, ours.count, theirs.count, left_out | left_out_there),
-        "libraries": library_versions() | decoder_versions(),
+        "warnings": distance_notes(rules, ours, theirs, left_out | left_out_there),
+        "versions": library_versions() | decoder_versions(),
     }
 
 
-def distance_notes(rules: VideoProtocol, generated: int, real: int, left_out: dict[str, str]) -> list[str]:
-    """Warnings about a distance: counts that differ from the protocol's or are too small, and videos left out."""
+def distance_notes(
+    rules: VideoProtocol, generated: ClipStatistics, real: ClipStatistics, left_out: dict[str, str]
+) -> list[str]:
+    """Warnings about a distance: another network than the protocol's, other or too few clips, videos left out."""
     notes = []
-    for count, expected, side in ((generated, rules.count, "generated"), (real, rules.real_count, "real")):
+    if generated.network not in DETECTORS[rules.detector]:
+        known = " or ".join(DETECTORS[rules.detector])
+        notes.append(
+            f"{rules.name} is defined with {known}, and these are features of {generated.network}: compare the "
+            "distance only with others of that network"
+        )
+    for count, expected, name in ((generated.count, rules.count, "generated"), (real.count, rules.real_count, "real")):
         if expected is not None and count != expected:
-            notes.append(f"{rules.name} has {expected:,} {side} clips; these are {count:,}, and the distance is biased")
-    if min(generated, real) < 400:
-        notes.append(f"{min(generated, real)} clips do not determine a covariance of 400 features; take more")
+            notes.append(f"{rules.name} has {expected:,} {name} clips; these are {count:,}, and the distance is biased")
+    for side, name in ((generated, "generated"), (real, "real")):
+        notes += singular_warnings(name, side.count, {"pool": len(side.moments.sum)}, "clips")
     if left_out:
         shown = ", ".join(list(left_out)[:3])
         notes.append(f"{len(left_out)} videos were left out: {shown}{', …' if len(left_out) > 3 else ''}")
     return notes
-
-
-PAIR_SCORES = ("psnr", "psnr_frames", "ssim_frames", "lpips_frames")
 
 
 def pair_scores(
@@ -291,14 +311,15 @@ def evaluate_clip_tokenizer(
     source, rules = open_source(data), video_protocol(protocol)
     loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
     tokenizer.eval()
-    sums, count = dict.fromkeys(PAIR_SCORES, 0.0), 0
+    sums: dict[str, float] = {}
+    count = 0
     moments: list[Moments | None] = [None, None]
     for batch in track(loader, "reconstructions", len(loader)):
         pixels = batch.pixels.to(tokenizer.device, tokenizer.dtype)
         made = tokenizer.reconstruct(pixels)
         count += len(pixels)
         for name, values in pair_scores(pixels, made, lpips).items():
-            sums[name] += float(values.clamp_max(MOST_DECIBELS).sum())
+            sums[name] = sums.get(name, 0.0) + float(values.clamp_max(MOST_DECIBELS).sum())
         for side, clips in enumerate((made, pixels)):
             if network is not None:
                 features = network(rules.prepare(clips))["pool"]
@@ -308,15 +329,14 @@ def evaluate_clip_tokenizer(
     if not parts:
         raise ValueError(f"no clip of {data.source} can be read")
     total = sum(part[1] for part in parts)
-    named = [name for name in PAIR_SCORES if any(part[0][name] for part in parts)]
-    scores = {name: sum(part[0][name] for part in parts) / total for name in named}
+    scores = {name: sum(part[0][name] for part in parts) / total for name in parts[0][0]}
     result: dict[str, Any] = {
         "protocol": protocol,
         "scores": scores,
         "warnings": [],
-        "libraries": library_versions() | decoder_versions(),
+        "versions": library_versions() | decoder_versions(),
     }
-    name = f"{data.name or data.root or data.source} ({data.split or 'all clips'})"
+    name = data.title
     result |= {"images": {"source": f"reconstructions of {name}", "count": total}, "reference": {"source": name}}
     if network is not None:
         whole = [part[2] for part in parts]
@@ -326,10 +346,12 @@ def evaluate_clip_tokenizer(
             for other in whole[1:]:
                 merged = merged.merge(other[side])
             sides.append(ClipStatistics(merged, protocol, network.name, network.weights_sha256, name))
-        distance = frechet_video_distance(*sides)
-        result["scores"] |= {f"r{key}": distance[key] for key in ("fvd", "frechet_distance") if key in distance}
+        made_side, real_side = sides
+        distance = frechet_video_distance(made_side, real_side)
+        names = {"fvd": "rfvd", "frechet_distance": "frechet_distance"}
+        result["scores"] |= {names[key]: distance[key] for key in names if key in distance}
         result |= {"network": distance["network"], "video_protocol": distance["protocol"]}
-        result["warnings"] = distance_notes(rules, total, total, {})
+        result["warnings"] = distance_notes(rules, made_side, real_side, {})
         if rules.choice == "random_start":
             result["warnings"].append(f"{protocol} begins clips at random; these are from the middle of their videos")
     return result

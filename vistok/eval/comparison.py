@@ -14,10 +14,11 @@ from vistok.eval.guards import comparability_warnings
 from vistok.eval.images import ImageSet
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.protocols import Protocol, choose_protocol, load_network
+from vistok.eval.protocols import ImageProtocol, choose_protocol, load_network
 from vistok.eval.record import describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
+from vistok.utils.numbers import check_whole
 from vistok.utils.processes import ALONE, Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference
@@ -50,12 +51,13 @@ def evaluate(
         protocol: "adm" (FID, sFID, Inception Score in file order, precision, recall), "torch-fidelity" (FID, shuffled
             Inception Score, KID, precision, recall), "clean-fid" (FID, KID), "dinov2" (FD-DINOv2, precision, recall) or
             "reconstruction" (rFID, PSNR, SSIM, LPIPS; ``images`` are reconstructions of ``reference``, in its order).
-        metrics: some of "fid", "sfid", "is", "kid", "prc"; by default all that the protocol and both sides allow.
+        metrics: some of "fid", "sfid", "is", "kid", "prc"; by default all that the protocol and both sides allow. For
+            "reconstruction", ["fid"] leaves the scores of pairs out.
         weights: file with the network's weights; downloaded once if None.
         features: another network in place of the protocol's: uint8 (B, 3, H, W) -> (B, D). Its scores are called
             ``frechet_distance`` and ``kernel_distance``, never FID or KID.
         network: the name of that other network, required with ``features``.
-        lpips: for "reconstruction", see ``evaluate_reconstruction``.
+        lpips: for the pairs of "reconstruction", see ``evaluate_reconstruction``.
         crop: side in pixels; the reference's files are resized and cropped to it by ADM's centre crop.
         batch_size: images read at a time; no score depends on it (see ``vistok.eval.batches``).
         device: where to compute; by default a GPU if there is one.
@@ -68,16 +70,21 @@ def evaluate(
     Raises:
         ImageError, InvalidReferenceError: a side cannot be read, or the reference does not fit.
         CheckpointError: the weights are absent or damaged, or cannot be downloaded.
-        ValueError: the protocol or a metric is unknown, a side does not allow a metric, or there are too few images.
+        ValueError: the protocol or a metric is unknown, a side does not allow a metric, there are too few images, or
+            ``lpips`` is given where no pairs are scored.
     """
     rules = choose_protocol(protocol, features, network)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     sample = open_reference(images, reading=rules.reading)
     real = open_reference(reference, crop=crop, reading=rules.reading)
     paired = protocol == "reconstruction"
     if paired:
         real.check_held_out()
+    if lpips is not None and (not paired or metrics is not None):
+        raise ValueError(
+            "LPIPS compares images with their reconstructions: leave lpips out (command line: --lpips-weights), or "
+            "take the protocol 'reconstruction' without metrics"
+        )
     wanted, skipped = choose_metrics(metrics, rules, sample, real)
     device = torch.device(device or processes.device())
     net: FeatureNetwork
@@ -85,18 +92,19 @@ def evaluate(
         net = StoredFeatures.of(rules, real)
     else:
         net = load_network(rules, weights=weights, features=features, network=network, device=device)
-    if paired and sample.images is not None and real.images is not None:
+    if paired and metrics is None and sample.images is not None and real.images is not None:
         return evaluate_reconstruction(
             real.images,
             sample.images,
             network=net,
             lpips=lpips,
+            crop=crop,
             batch_size=batch_size,
             device=device,
             processes=processes,
             out=out,
         )
-    if paired:
+    if paired and metrics is None:
         skipped.append("no PSNR, SSIM and LPIPS: they compare pairs of images, and one side holds moments only")
     _check_networks(net, sample, real)
     options: dict[str, Any] = {"batch_size": batch_size, "processes": processes}
@@ -113,7 +121,7 @@ def evaluate(
 
 
 def score_sides(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     network: FeatureNetwork,
     metrics: Sequence[str],
     sample: Side,
@@ -146,13 +154,13 @@ class StoredFeatures:
     weights_sha256: str | None
 
     @classmethod
-    def of(cls, protocol: Protocol, reference: Reference) -> StoredFeatures:
+    def of(cls, protocol: ImageProtocol, reference: Reference) -> StoredFeatures:
         """The network that the reference file records; where it records nothing, the protocol's."""
-        told = reference.provenance
+        recorded = reference.provenance
         return cls(
-            told.network or protocol.network or "unknown",
-            told.resize or protocol.resize or "unknown",
-            told.weights_sha256,
+            recorded.network or protocol.network or "unknown",
+            recorded.resize or protocol.resize or "unknown",
+            recorded.weights_sha256,
         )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

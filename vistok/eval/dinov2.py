@@ -19,12 +19,12 @@ from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.networks import full_precision
 from vistok.eval.resize import Rule, resize
 from vistok.utils.files import sha256
+from vistok.utils.imagenet import MEAN, STD
 
 DINOV2 = "dinov2-vit-l-14"
 HUB_ID = "timm/vit_large_patch14_dinov2.lvd142m"
 HEAD_DIM = 64  # of every DINOv2
 _SIZES = {(384, 12): "s", (768, 12): "b", (1024, 24): "l"}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DINOv2:
@@ -62,9 +62,7 @@ class DINOv2:
         self.name = f"dinov2-vit-{_SIZES.get((dim, depth), f'{dim}x{depth}')}-{patch}"
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) * 255 for values in (_MEAN, _STD)
-        )
+        self._mean, self._std = (torch.tensor(values, device=self.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
 
     @classmethod
     def load(cls, weights: str | Path | None = None, *, device: torch.device | str = "cpu") -> DINOv2:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vistok.eval.metrics import Moments, check_symmetric, frechet_distance, is_positive
-from vistok.eval.video_protocols import VideoProtocol, video_protocol
+from vistok.eval.video_protocols import DETECTORS, VideoProtocol, video_protocol
 from vistok.utils.files import atomic_file
 from vistok.utils.tensors import opened, save_file
 
@@ -99,11 +99,11 @@ class ClipStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, atomically."""
-        told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
-        told["weights_sha256"] = self.weights_sha256
+        recorded = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
+        recorded["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
         with atomic_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(told)})
+            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(recorded)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClipStatistics:
@@ -114,9 +114,9 @@ class ClipStatistics:
         """
         try:
             with opened(path) as file:
-                told = json.loads((file.metadata() or {})["clip_statistics"])
-                moments = _checked(told["count"], file.get_tensor("sum"), file.get_tensor("outer"))
-            facts = [told[name] for name in ("protocol", "network", "weights_sha256", "source")]
+                recorded = json.loads((file.metadata() or {})["clip_statistics"])
+                moments = _checked(recorded["count"], file.get_tensor("sum"), file.get_tensor("outer"))
+            facts = [recorded[name] for name in ("protocol", "network", "weights_sha256", "source")]
             if not all(isinstance(fact, str) for fact in (facts[0], facts[1], facts[3])):
                 raise ValueError("protocol, network and source are texts")
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, RecursionError) as error:
@@ -154,7 +154,7 @@ def frechet_video_distance(generated: ClipStatistics, real: ClipStatistics) -> d
     """The Frechet video distance, and everything that is needed to compare it.
 
     Returns:
-        The distance as ``fvd`` if the network is I3D with trained weights, else as ``frechet_distance``; ``protocol``,
+        The distance as ``fvd`` if the network is the protocol's detector, else as ``frechet_distance``; ``protocol``,
         ``network``, and source and count of the sides ``generated`` and ``real``.
 
     Raises:
@@ -163,9 +163,8 @@ def frechet_video_distance(generated: ClipStatistics, real: ClipStatistics) -> d
     generated._require_alike(real)
     protocol = video_protocol(generated.protocol)
     value = frechet_distance(generated.moments.fit(protocol.ddof), real.moments.fit(protocol.ddof))
-    trained = generated.network in ("i3d-kinetics400", "i3d-torchscript")
     return {
-        ("fvd" if trained else "frechet_distance"): value,
+        ("fvd" if generated.network in DETECTORS[protocol.detector] else "frechet_distance"): value,
         "protocol": protocol.describe(),
         "network": {"name": generated.network, "weights_sha256": generated.weights_sha256},
         "generated": {"source": generated.source, "count": generated.count},

@@ -8,7 +8,7 @@ from typing import Any
 from vistok.eval.dinov2 import DINOV2
 from vistok.eval.images import FilesRead, ImageSet, TensorImages
 from vistok.eval.networks import INCEPTION, PUBLISHED_HASH, FeatureNetwork
-from vistok.eval.protocols import Protocol
+from vistok.eval.protocols import ImageProtocol
 from vistok.eval.references import HELD_OUT, WRONG_REFERENCE
 from vistok.eval.scoring import KID_SUBSET_SIZE, Side
 
@@ -16,7 +16,7 @@ FEW_SAMPLES = 10_000
 
 
 def comparability_warnings(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     network: FeatureNetwork,
     sample: Side,
     real: Side,
@@ -109,15 +109,24 @@ def count_warnings(name: str, count: int | None, widths: Mapping[str, int]) -> I
             f"{name}: only {count:,} images: Frechet distances are biased upward by a term of order 1/N; compare "
             "them only at equal counts (published ones use 50,000), or use the kernel distance, which is unbiased"
         )
+    yield from singular_warnings(name, count, widths, "images")
+
+
+def singular_warnings(name: str, count: int, widths: Mapping[str, int], what: str) -> Iterator[str]:
+    """A warning if ``count`` samples do not determine the covariance of features of the ``widths`` D.
+
+    Args:
+        what: "images" or "clips".
+    """
     beyond = [f"{width:,} {feature} features" for feature, width in widths.items() if count <= width]
     if beyond:
         yield (
-            f"{name}: {count:,} images for {' and '.join(beyond)}: the covariance is singular and the Frechet "
+            f"{name}: {count:,} {what} for {' and '.join(beyond)}: the covariance is singular and the Frechet "
             "distance mostly bias"
         )
 
 
-def _pair_warnings(protocol: Protocol, sample: Side, real: Side) -> Iterator[str]:
+def _pair_warnings(protocol: ImageProtocol, sample: Side, real: Side) -> Iterator[str]:
     sizes = [_size(sample), _size(real)]
     if None not in sizes and sizes[0] != sizes[1]:
         yield (
@@ -144,7 +153,7 @@ def _fingerprint(side: Side) -> str | None:
     return side.reference.provenance.fingerprint or own
 
 
-def _network_warnings(protocol: Protocol, network: FeatureNetwork) -> Iterator[str]:
+def _network_warnings(protocol: ImageProtocol, network: FeatureNetwork) -> Iterator[str]:
     if network.name == INCEPTION and not (network.weights_sha256 or "").startswith(PUBLISHED_HASH):
         yield (
             f"the Inception weights are not the published file (SHA-256 {PUBLISHED_HASH}…); scores are comparable only "

@@ -262,6 +262,7 @@ class TorchScriptI3D:
 
 
 def _download() -> Path:
+    """The published file, fetched once. Its hash is published nowhere, so none is checked; every score records it."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from vistok.checkpoints.bounds import OversizedError, check_bytes
-from vistok.data.decoding import DECODING_ERRORS, Decoder, Header, Reading
+from vistok.data.decoding import DECODING_ERRORS, Header, ImageDecoder, Reading
 from vistok.data.files import NPY_ERRORS, open_tree, other_format, printable
 from vistok.data.folders import divided_at
-from vistok.data.formats import extension, image_extensions, is_image, is_lossy
+from vistok.data.formats import extension, image_extensions, is_image, is_lossy, without_extension
 from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
 from vistok.data.pictures import to_uint8
 from vistok.data.shards import ShardFiles, shard_paths
@@ -208,13 +208,13 @@ class FileImages:
 
     def __init__(self, files: ImageFiles, *, crop: int | None, reading: Reading) -> None:
         self.source, self._files, self._crop = files.source, files, crop
-        self._decoder = Decoder(3, reading, side=crop)
+        self._decoder = ImageDecoder(3, reading, side=crop)
         if not len(files):
             beside = f" ({files.left_out})" if files.left_out.count else ""
             raise ImageError(f"no images in {self.source}; expected {', '.join(image_extensions())} files{beside}")
         self._order = sorted(range(len(files)), key=files.path)
         paths = [files.path(index) for index in self._order]
-        self.names = [printable(path[: len(path) - len(extension(path))]) for path in paths]
+        self.names = [printable(without_extension(path)) for path in paths]
         self.count = len(paths)
         self.lossy = sum(map(is_lossy, paths))
         with ThreadPoolExecutor(THREADS) as pool:

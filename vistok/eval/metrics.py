@@ -37,6 +37,11 @@ class PrecisionRecall(NamedTuple):
     precision: float
     recall: float
 
+    @classmethod
+    def of(cls, generated_inside: Tensor, real_inside: Tensor) -> PrecisionRecall:
+        """The shares of members among the results of ``inside_manifold``."""
+        return cls(*(float(members.double().mean()) for members in (generated_inside, real_inside)))
+
     @property
     def f_score(self) -> float:
         """Harmonic mean of both; 0 if both are 0."""
@@ -464,4 +469,4 @@ def precision_recall(
         ValueError: a side has fewer than k + 1 features.
     """
     inside = inside_manifold(generated, real, neighbours=neighbours, distance=distance, boundary=boundary, block=block)
-    return PrecisionRecall(*(float(members.double().mean()) for members in inside))
+    return PrecisionRecall.of(*inside)

@@ -14,7 +14,7 @@ from vistok.eval.features import FeaturePass, gathered
 from vistok.eval.guards import by_text, comparability_warnings, file_warnings, lossy_warnings, range_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
-from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
+from vistok.eval.protocols import CUSTOM, PROTOCOLS, ImageProtocol
 from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_error
 from vistok.eval.record import describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
@@ -45,8 +45,8 @@ def evaluate_reconstruction(
     Args:
         originals, reconstructions: see ``vistok.eval.images.open_images``; of equal number and size, in the same order.
         network: for rFID, the Frechet distance of the two sets; None computes no rFID.
-        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``, on
-            ``device``. Distances of networks other than VGG16 are not comparable with published ones.
+        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``. A
+            module is moved to ``device``. Only distances of VGG16 are comparable with published ones.
         crop: side in pixels; the originals' files are resized and cropped to it by ADM's centre crop.
         batch_size: pairs read at a time; no score depends on it.
         device: where to compute.
@@ -65,29 +65,33 @@ def evaluate_reconstruction(
     Raises:
         ImageError: the sets cannot be read, or do not pair up.
     """
+    device = torch.device(device)
+    if isinstance(lpips, torch.nn.Module):
+        lpips = lpips.to(device)
     originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)
     _check_pairs(originals, reconstructions)
     if network is not None and originals.count < 2:
         raise ImageError(f"rFID needs at least 2 images, and {originals.source} has {originals.count}; leave it out")
     passes = _Passes(network, originals, reconstructions) if network is not None else None
-    columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, torch.device(device), processes)
+    columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, device, processes)
     mse, others = columns.pop("mse"), columns.pop("mse_of_others")
     psnr = {"psnr": decibels(mse).mean(), "psnr_of_mean_mse": decibels(mse.mean())}
     scores = {name: float(value) if value.isfinite() else None for name, value in psnr.items()}
     scores |= {name: float(values.mean()) for name, values in columns.items()}
     warnings = _pair_warnings(originals, reconstructions, equal=int((mse == 0).sum()))
     warnings += _doubts(reconstructions, mse, others)
+    settings = {"batch_size": batch_size, "device": device.type, "processes": processes.count, "crop": crop}
     result: dict[str, Any] = {
         "protocol": "reconstruction",
         "scores": scores,
         "images": describe_images(reconstructions),
         "reference": describe_images(originals),
-        "settings": {"crop": crop} | _settings(scores, lpips),
+        "settings": _settings(scores, lpips) | settings,
         "versions": library_versions(),
         "warnings": warnings,
     }
     if passes is not None:
-        passes.add_to(result, processes, torch.device(device))
+        passes.add_to(result, processes, device)
     if out is not None and processes.is_first:
         save_result(result, out)
     return result
@@ -120,7 +124,7 @@ class _Passes:
         result["warnings"] += [warning for warning in others if warning not in result["warnings"]]
 
 
-def _protocol_of(network: FeatureNetwork) -> Protocol:
+def _protocol_of(network: FeatureNetwork) -> ImageProtocol:
     return CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
 
 

@@ -24,7 +24,7 @@ from vistok.eval.guards import count_warnings
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
-from vistok.eval.tokenizers import BatchConditions, DataImages, to_rgb, told
+from vistok.eval.tokenizers import BatchConditions, DataImages, condition_of, to_rgb
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -163,7 +163,7 @@ def _passes(
     first, stop = processes.part(originals.count)
     batches = originals.loaded(NETWORK_BATCH, first, stop)
     for batch in track(batches, f"perturbed {originals.source}", -(-(stop - first) // NETWORK_BATCH)):
-        count, condition = len(batch.pixels), told(conditions, batch, tokenizer.device)
+        count, condition = len(batch.pixels), condition_of(conditions, batch, tokenizer.device)
         real.add(to_rgb(batch.pixels))
         latents = encode.latents(filled(batch.pixels).to(tokenizer.device, tokenizer.dtype))
         neighbours = tokenizer.quantizer.neighbours(latents, most)  # (NETWORK_BATCH, L, most)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
+from vistok.types import to_json
 
 Labels = Literal["balanced", "random", "none"]
 FORMAT = "vistok-benchmark-1"
@@ -33,7 +34,7 @@ class BenchmarkPlan:
         seed: with the same seed, image i is always the same.
         sampling: the generator's sampling options, without the guidance scale.
         tokenizer, generator: fingerprints of both models.
-        network: the feature network, see ``Protocol.describe``.
+        network: the feature network, see ``ImageProtocol.describe``.
         dtype: of the generator's weights; 16-bit weights sample other images than 32-bit ones.
         image_size: (H, W) of the images that the tokenizer decodes.
         eval_size: side to which images are resized before they become 8 bit, or None.
@@ -88,6 +89,14 @@ class BenchmarkPlan:
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT} | asdict(self) | {"image_size": list(self.image_size)}
+
+
+def recorded_options(pipe: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline's sampling options with those of ``sampling``, JSON-ready, without the guidance scale, which each
+    ``Setting`` has."""
+    options = to_json(asdict(pipe.options(**sampling)))
+    options.pop("guidance_scale", None)
+    return options
 
 
 def shards_of(count: int) -> list[tuple[int, int]]:

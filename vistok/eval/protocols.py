@@ -2,7 +2,7 @@
 
 A protocol fixes the feature network, how images are resized to its input, the splits of the Inception Score, and the
 distances of precision and recall. All networks run in float32 without TF32; images are 8 bit. Every score is recorded
-with ``Protocol.describe``.
+with ``ImageProtocol.describe``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.config import suggestion
 from vistok.data.decoding import Reading
 from vistok.eval.dinov2 import DINOV2, DINOv2
 from vistok.eval.metrics import Boundary, Distance
 from vistok.eval.networks import INCEPTION, CallableNetwork, FeatureNetwork, InceptionV3Compat
 from vistok.eval.resize import Rule
+from vistok.utils.spelling import suggestion
 
 METRICS = ("fid", "sfid", "is", "kid", "prc")
 UINT8_RULE = "files as stored; float pixels in [-1, 1] by 127.5 x + 128, truncated"
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ImageProtocol:
     """What one protocol fixes.
 
     Attributes:
@@ -73,13 +73,13 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         # The TensorFlow suite of guided-diffusion (ADM), with which nearly every paper computes its numbers.
-        Protocol(
+        ImageProtocol(
             "adm", ("fid", "sfid", "is", "prc"), splits="chunks", distance="squared_euclidean_float16", reading="raw"
         ),
         # torch-fidelity's command line with feature_extractor="inception-v3-compat".
-        Protocol("torch-fidelity", ("fid", "is", "kid", "prc")),
+        ImageProtocol("torch-fidelity", ("fid", "is", "kid", "prc")),
         # Parmar et al., arXiv 2104.11222: the same network after an antialiased resize.
-        Protocol(
+        ImageProtocol(
             "clean-fid",
             ("fid", "kid"),
             resize="pil-bicubic-float",
@@ -87,7 +87,7 @@ PROTOCOLS = {
             score_names={"fid": "clean_fid", "kid": "clean_kid", "kid_std": "clean_kid_std"},
         ),
         # Stein et al., arXiv 2306.04675 (dgm-eval).
-        Protocol(
+        ImageProtocol(
             "dinov2",
             ("fid", "prc"),
             network=DINOV2,
@@ -99,11 +99,11 @@ PROTOCOLS = {
             score_names={"fid": "fd_dinov2"},
         ),
         # rFID; vistok.eval.pairs adds the scores of pairs.
-        Protocol("reconstruction", ("fid",), score_names={"fid": "rfid"}),
+        ImageProtocol("reconstruction", ("fid",), score_names={"fid": "rfid"}),
     )
 }
 # For a network of the user's own: the same arithmetic on its features, under names that cannot be mistaken for FID.
-CUSTOM = Protocol(
+CUSTOM = ImageProtocol(
     "custom-network",
     ("fid", "kid", "prc"),
     network=None,
@@ -112,7 +112,7 @@ CUSTOM = Protocol(
 )
 
 
-def choose_protocol(name: str, features: Callable | None, network: str | None) -> Protocol:
+def choose_protocol(name: str, features: Callable | None, network: str | None) -> ImageProtocol:
     """The protocol of this name, or ``CUSTOM`` if the user gives a feature function.
 
     Args:
@@ -140,7 +140,7 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
 
 
 def load_network(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     *,
     weights: str | Path | None = None,
     features: Callable[[Tensor], Tensor] | None = None,

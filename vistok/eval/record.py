@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vistok._version import __version__
+from vistok.data.config import DataConfig
 from vistok.eval.images import ImageSet
 from vistok.eval.scoring import Side
+from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.files import write_json
 
@@ -53,9 +55,19 @@ def describe_side(side: Side) -> dict[str, Any]:
         described |= {"count": extraction.count, "size": list(extraction.size)}
         described |= {"distinct": extraction.distinct, "fingerprint": extraction.fingerprint}
     if reference.gaussians:
-        told = dataclasses.asdict(reference.provenance) | {"moments_sha256": reference.moments_sha256}
-        described["stored"] = {name: value for name, value in told.items() if value is not None}
+        recorded = dataclasses.asdict(reference.provenance) | {"moments_sha256": reference.moments_sha256}
+        described["stored"] = {name: value for name, value in recorded.items() if value is not None}
     return described
+
+
+def describe_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    """A tokenizer and the data that it is scored on, JSON-ready."""
+    return {
+        "model": tokenizer.registry_name,
+        "fingerprint": tokenizer.fingerprint(),
+        "spec": dataclasses.asdict(tokenizer.spec_for(data.input_shape)),
+        "data": dataclasses.asdict(data),
+    }
 
 
 def library_versions() -> dict[str, str]:

@@ -118,21 +118,21 @@ class Reference:
         Raises:
             InvalidReferenceError: the network's name, weights, resize rule or feature width differs.
         """
-        told = self.provenance
-        if told.network is not None and told.network != network.name:
+        recorded = self.provenance
+        if recorded.network is not None and recorded.network != network.name:
             raise InvalidReferenceError(
-                f"{self.source} holds moments of the network {told.network!r}, but the images are scored with "
+                f"{self.source} holds moments of the network {recorded.network!r}, but the images are scored with "
                 f"{network.name!r}; make the reference again with that network"
             )
-        stored, used = told.weights_sha256, network.weights_sha256
+        stored, used = recorded.weights_sha256, network.weights_sha256
         if stored is not None and used is not None and stored != used:
             raise InvalidReferenceError(
                 f"{self.source} was made by {network.name} with weights {stored[:12]}…, but the images "
                 f"are scored with weights {used[:12]}…; use the same weights file for both"
             )
-        if told.resize is not None and told.resize != network.resize:
+        if recorded.resize is not None and recorded.resize != network.resize:
             raise InvalidReferenceError(
-                f"{self.source} was made with the resize rule {told.resize!r}, but this protocol's is "
+                f"{self.source} was made with the resize rule {recorded.resize!r}, but this protocol's is "
                 f"{network.resize!r} (clean-fid's number for one published tokenizer is 2.11, ADM's 2.19); make the "
                 "reference again by this protocol"
             )
@@ -182,8 +182,8 @@ def open_reference(
 
 
 def _open_npz(path: Path) -> Reference:
-    told = [item.name for item in fields(Provenance)]
-    wanted = {key for pair in MOMENT_KEYS.values() for key in pair} | {ROWS_KEY, *told}
+    names = [item.name for item in fields(Provenance)]
+    wanted = {key for pair in MOMENT_KEYS.values() for key in pair} | {ROWS_KEY, *names}
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
@@ -215,7 +215,7 @@ def _open_npz(path: Path) -> Reference:
 
 
 def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
-    told: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     for item in fields(Provenance):
         if item.name in arrays:
             if arrays[item.name].size != 1:
@@ -225,8 +225,8 @@ def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
             if not (is_number if item.name in NUMBERS else isinstance(value, str)):
                 expected = "a whole number from 0" if item.name in NUMBERS else "a text"
                 raise InvalidReferenceError(f"{path}: {item.name!r} must be {expected}, got {value!r}"[:500])
-            told[item.name] = value
-    return Provenance(**told)
+            recorded[item.name] = value
+    return Provenance(**recorded)
 
 
 def _rows(path: Path, rows: np.ndarray, gaussians: dict[str, Gaussian]) -> Tensor:
@@ -338,8 +338,8 @@ def _write(reference: Reference, provenance: Provenance, path: str | Path) -> No
         for name, gaussian in reference.gaussians.items()
         for key, moment in zip(MOMENT_KEYS[name], gaussian)
     }
-    told = {item.name: getattr(provenance, item.name) for item in fields(provenance)}
-    arrays |= {key: np.array(value) for key, value in told.items() if value is not None}
+    recorded = {item.name: getattr(provenance, item.name) for item in fields(provenance)}
+    arrays |= {key: np.array(value) for key, value in recorded.items() if value is not None}
     if reference.rows is not None:
         arrays[ROWS_KEY] = reference.rows.numpy()
     with atomic_file(path) as temporary, open(temporary, "wb") as file:

@@ -30,6 +30,8 @@ from vistok.utils.report.charts import Style
 LOWER_IS_BETTER = (
     "fid",
     "fvd",
+    "rfid",
+    "rfvd",
     "clean_fid",
     "fd_dinov2",
     "frechet_distance",
@@ -98,7 +100,7 @@ def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
 
     None if there is only one run, or no distance.
     """
-    name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
+    name = next((name for name in LOWER_IS_BETTER if any(name in run["scores"] for run in runs)), None)
     scored = [index for index, run in enumerate(runs) if name is not None and run["scores"].get(name) is not None]
     if len(runs) < 2 or name is None or not scored:
         return None

@@ -6,7 +6,6 @@ set, which is not a rendering of it.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from vistok.data.config import DataConfig
 from vistok.data.loader import batch_reader, evaluation_loader
 from vistok.data.opening import open_source
-from vistok.eval.record import library_versions
+from vistok.eval.record import describe_tokenizer, library_versions
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.progress import track
 
@@ -91,13 +90,13 @@ def class_scores(found: Embeddings, *, without_own: bool = True) -> dict[str, fl
     decoded, targets = F.normalize(found.decoded, dim=-1), F.normalize(found.targets, dim=-1)
     shares = torch.bincount(labels).double() / len(labels)
     return {
-        "class_recall": _class_recall(decoded @ targets.T, labels, without_own),
-        "class_recall_of_targets": _class_recall(targets @ targets.T, labels, True),
+        "class_recall": _class_recall(decoded @ targets.T, labels, without_own=without_own),
+        "class_recall_of_targets": _class_recall(targets @ targets.T, labels, without_own=True),
         "class_recall_by_chance": float(shares.square().sum()),
     }
 
 
-def _class_recall(similar: Tensor, labels: Tensor, without_own: bool) -> float:
+def _class_recall(similar: Tensor, labels: Tensor, *, without_own: bool) -> float:
     nearest = (similar.fill_diagonal_(-torch.inf) if without_own else similar).argmax(1)
     return float((labels[nearest] == labels).double().mean())
 
@@ -106,18 +105,12 @@ def evaluate_embeddings(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any
     """The ``retrieval_scores`` of all images of ``data``, the share of codes used, and what the scores depend on."""
     found = embeddings(tokenizer, data)
     used = torch.bincount(found.ids.flatten(), minlength=tokenizer.spec.num_ids)
-    name = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
     return {
         "protocol": "retrieval",
         "scores": retrieval_scores(found) | {"codes_used": float((used > 0).double().mean())},
-        "images": {"source": f"ids of {name}", "count": len(found.ids)},
-        "reference": {"source": f"embeddings of {name}"},
-        "tokenizer": {
-            "model": tokenizer.registry_name,
-            "fingerprint": tokenizer.fingerprint(),
-            "spec": dataclasses.asdict(tokenizer.spec),
-            "data": dataclasses.asdict(data),
-        },
+        "images": {"source": f"ids of {data.title}", "count": len(found.ids)},
+        "reference": {"source": f"embeddings of {data.title}"},
+        "tokenizer": describe_tokenizer(tokenizer, data),
         "versions": library_versions(),
         "warnings": [],
     }

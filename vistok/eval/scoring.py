@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.config import suggestion
 from vistok.eval import metrics as m
 from vistok.eval.features import Extraction, extract_features
 from vistok.eval.networks import FeatureNetwork, full_precision
-from vistok.eval.protocols import METRICS, Protocol
+from vistok.eval.protocols import METRICS, ImageProtocol
 from vistok.eval.references import Reference
 from vistok.utils.processes import Processes
+from vistok.utils.spelling import suggestion
 
 SHUFFLE_SEED = KID_SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -70,7 +70,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by their plain names, before ``Protocol.rename``.
+    """Scores by their plain names, before ``ImageProtocol.rename``.
 
     Attributes:
         values: scores by name.
@@ -82,7 +82,7 @@ class Scores:
 
 
 def choose_metrics(
-    metrics: Sequence[str] | None, protocol: Protocol, sample: Reference, real: Reference
+    metrics: Sequence[str] | None, protocol: ImageProtocol, sample: Reference, real: Reference
 ) -> tuple[list[str], list[str]]:
     """The metrics to compute, in the order of ``METRICS``, and a warning for each that cannot be computed.
 
@@ -120,9 +120,7 @@ def choose_metrics(
 def _obstacle(metric: str, name: str, side: Reference) -> str | None:
     if metric != "is" and side.images is None and side.rows is None and not side.gaussians:
         return f"it needs {'a reference' if name == 'reference' else 'images'}, and none was given"
-    if metric == "is" and side.images is None:
-        return f"the {name} {side.source} holds moments but no images"
-    if metric in ("kid", "prc") and side.images is None and side.rows is None:
+    if side.images is None and (metric == "is" or (metric in ("kid", "prc") and side.rows is None)):
         return f"the {name} {side.source} holds moments but no images"
     if metric == "sfid" and side.gaussians and "spatial" not in side.gaussians:
         return f"the {name} {side.source} has no spatial moments ('mu_s', 'sigma_s')"
@@ -131,7 +129,7 @@ def _obstacle(metric: str, name: str, side: Reference) -> str | None:
     return None
 
 
-def _shortage(metric: str, protocol: Protocol, side: Reference) -> str | None:
+def _shortage(metric: str, protocol: ImageProtocol, side: Reference) -> str | None:
     """Why a side has too few images for a metric, or None; checked before any features are computed."""
     if metric in _MOMENTS_OF and side.gaussians:
         return None
@@ -168,7 +166,7 @@ def extract_side(
 
 
 def compute_scores(
-    protocol: Protocol, metrics: Sequence[str], sample: Side, real: Side, device: torch.device
+    protocol: ImageProtocol, metrics: Sequence[str], sample: Side, real: Side, device: torch.device
 ) -> Scores:
     """All ``metrics`` of ``sample`` against ``real``, computed on ``device``.
 
@@ -197,7 +195,7 @@ def _frechet(sample: Side, real: Side, feature: str, device: torch.device) -> fl
     return m.frechet_distance(sample.gaussian(feature, device), real.gaussian(feature, device))
 
 
-def _inception_score(logits: Tensor, protocol: Protocol) -> dict[str, float]:
+def _inception_score(logits: Tensor, protocol: ImageProtocol) -> dict[str, float]:
     if protocol.splits == "even":
         score = m.inception_score(m.shuffled(logits, SHUFFLE_SEED), m.split_evenly(len(logits), FIDELITY_SPLITS))
         return {"is": score.mean, "is_std": score.std}
@@ -219,13 +217,13 @@ def _kid_subset_size(generated: Tensor, real: Tensor) -> int:
 
 
 def _precision_recall(
-    generated: Tensor, real: Tensor, protocol: Protocol, device: torch.device
+    generated: Tensor, real: Tensor, protocol: ImageProtocol, device: torch.device
 ) -> tuple[dict[str, float], Tensor | None]:
     chosen = [_subset(rows, protocol.prc_samples).to(device) for rows in (generated, real)]
     inside, covered = m.inside_manifold(
         *chosen, neighbours=protocol.neighbours, distance=protocol.distance, boundary=protocol.boundary
     )
-    score = m.PrecisionRecall(float(inside.double().mean()), float(covered.double().mean()))
+    score = m.PrecisionRecall.of(inside, covered)
     values = {"precision": score.precision, "recall": score.recall, "f_score": score.f_score}
     return values, inside.cpu() if len(inside) == len(generated) else None
 
@@ -236,7 +234,7 @@ def _subset(rows: Tensor, count: int | None) -> Tensor:
     return m.shuffled(rows, PRC_SEED)[:count]
 
 
-def describe_metrics(protocol: Protocol, metrics: Sequence[str], sample: Side, real: Side) -> dict[str, Any]:
+def describe_metrics(protocol: ImageProtocol, metrics: Sequence[str], sample: Side, real: Side) -> dict[str, Any]:
     """What the protocol fixed for each metric, JSON-ready."""
     settings: dict[str, Any] = {}
     if "is" in metrics and protocol.splits == "even":

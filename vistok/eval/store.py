@@ -17,6 +17,7 @@ from vistok.eval.features import Extraction
 from vistok.eval.metrics import Moments
 from vistok.eval.plan import BenchmarkError
 from vistok.utils.files import atomic_file
+from vistok.utils.processes import Processes
 from vistok.utils.tensors import load_file, save_file
 
 PREVIEWS = 64  # images kept for the report's grid
@@ -44,6 +45,11 @@ class FeatureStore:
     def missing(self) -> list[tuple[int, int]]:
         """The ranges that are not stored yet."""
         return [shard for shard in self.shards if not self._is_there(shard)]
+
+    def todo(self, processes: Processes) -> list[tuple[int, int]]:
+        """The ranges that are not stored yet and that this process makes."""
+        mine = set(self.shards[processes.index :: processes.count])
+        return [shard for shard in self.missing() if shard in mine]
 
     def _is_there(self, shard: tuple[int, int]) -> bool:
         if not self._features(shard).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -22,7 +21,7 @@ from vistok.eval.batches import NETWORK_BATCH, filled, filled_condition, regroup
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.record import save_result
+from vistok.eval.record import describe_tokenizer, save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -48,7 +47,7 @@ class DataImages:
         source = open_source(data)
         transform = ImageTransform(data.image_size, data.crop).without_augmentation()
         self._images = ImageBatches(cast(ImageSource, source), transform)
-        self.source = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
+        self.source = data.title
         self.count = len(source)
         self.size = (data.image_size, data.image_size)
 
@@ -96,12 +95,12 @@ class Reconstructions:
 
     def _reconstruct(self, batch: ImageBatch) -> Tensor:
         tokenizer, pixels = self._tokenizer, batch.pixels
-        condition = told(self._conditions, batch, tokenizer.device)
+        condition = condition_of(self._conditions, batch, tokenizer.device)
         made = tokenizer.reconstruct(filled(pixels).to(tokenizer.device, tokenizer.dtype), condition=condition)
         return to_rgb(made[: len(pixels)].cpu())
 
 
-def told(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
+def condition_of(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
     """The condition of a batch, padded to NETWORK_BATCH rows as ``filled`` pads the pixels; None without conditions."""
     return None if conditions is None else filled_condition(conditions(batch)).to(device)
 
@@ -136,14 +135,13 @@ def evaluate_tokenizer(
         return result
     tokenizer.check_renders("scoring reconstructions")
     originals = DataImages(data)
-    device = tokenizer.device
     result = evaluate_reconstruction(
         originals,
         Reconstructions(tokenizer, originals, conditions),
         network=network,
-        lpips=lpips.to(device) if isinstance(lpips, torch.nn.Module) else lpips,
+        lpips=lpips,
         batch_size=data.batch_size,
-        device=device,
+        device=tokenizer.device,
         processes=processes,
     )
     if data.split == "train":
@@ -151,13 +149,7 @@ def evaluate_tokenizer(
             "these are training images; papers score held-out ones (one: rFID 1.22 on the training set, about "
             "0.55 on the validation set)"
         )
-    spec = tokenizer.spec_for(data.input_shape)
-    result["tokenizer"] = {
-        "model": tokenizer.registry_name,
-        "fingerprint": tokenizer.fingerprint(),
-        "spec": dataclasses.asdict(spec),
-        "data": dataclasses.asdict(data),
-    }
+    result["tokenizer"] = describe_tokenizer(tokenizer, data)
     if out is not None and processes.is_first:
         save_result(result, out)
     return result

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-Choice = Literal["chunks", "random_start", "every_clip", "given"]
+Choice = Literal["chunks", "random_start", "given"]
 Pixels = Literal["float", "uint8_truncated", "uint8"]
 
 
@@ -28,20 +28,24 @@ class VideoProtocol:
         name: the protocol's name.
         real: which clips are the real side, in words.
         fake: which clips are the generated side, in words.
-        detector: the feature network; "i3d" is the port or the TorchScript file, which agree to 3e-4.
-        choice: how real clips are taken from videos: "chunks" and "every_clip" take all non-overlapping clips (tails
-            are dropped), "random_start" one clip per video at a random start, "given" the first clip of each video.
+        detector: the feature network, a key of ``DETECTORS``; distances of other networks have another name.
+        choice: how real clips are taken from videos: "chunks" takes all non-overlapping clips (tails are dropped),
+            "random_start" one clip per video at a random start, "given" the first clip of each video.
         num_frames, frame_stride: number of frames of a clip, and their distance in the video.
         image_size: side of the frames in pixels.
         score_size: side to which frames are resized (antialiased bilinear) before the detector's own resize, or None.
         count: number of generated clips; None for as many as there are real ones.
         real_count: number of real clips, which ``seed`` draws; None for all.
-        seed: of Python's ``random.Random(seed).sample``, which draws the real clips; None draws none and takes all.
+        seed: of random starts, and of Python's ``random.Random(seed).sample``, which draws ``real_count`` clips; None
+            if nothing is drawn. It is 0 where a paper names none.
         pixels: "float" scores clamped floats; "uint8_truncated" rounds (x + 1) / 2 * 255 down, which leaves half of the
             pixels a level too dark; "uint8" rounds to the nearest.
         ddof: the covariance is normalised by N - ddof.
         given_frames: number of first frames that a prediction is given; all decoded frames are scored.
-        guidance_scale: the scale of the published numbers, or None.
+        guidance_scale: the scale of the published numbers, or None; a benchmark at another scale gets a note.
+
+    Raises:
+        ValueError: clips are drawn without a seed.
     """
 
     name: str
@@ -60,6 +64,10 @@ class VideoProtocol:
     ddof: int = 0
     given_frames: int = 0
     guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is None and (self.real_count is not None or self.choice == "random_start"):
+            raise ValueError(f"the protocol {self.name!r} draws real clips, which needs a seed")
 
     def describe(self) -> dict[str, Any]:
         """All attributes, JSON-ready."""
@@ -90,6 +98,9 @@ class VideoProtocol:
         resized = F.interpolate(frames.flatten(0, 1), size, mode="bilinear", antialias=True, align_corners=False)
         return resized.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
+
+DETECTORS = {"i3d": ("i3d-kinetics400", "i3d-torchscript")}
+"""The names of the networks that are a protocol's detector: I3D's port and its TorchScript file agree to 3e-4."""
 
 RECONSTRUCTION = "larp-ucf-rec"
 """The default protocol of reconstructions."""
@@ -133,6 +144,7 @@ VIDEO_PROTOCOLS = {
             real="UCF-101 train, one random 16-frame start per video",
             fake="their reconstructions, with the likeliest codes",
             choice="random_start",
+            seed=0,
         ),
         VideoProtocol(
             "seed-voken-ucf-rec",
@@ -143,7 +155,7 @@ VIDEO_PROTOCOLS = {
             ddof=1,
         ),
         # Skorokhodov et al., arXiv 2112.14683; the default of cd-fvd. The released UCF statistics use train and test.
-        VideoProtocol("stylegan-v", real="every clip", fake="2,048 samples", choice="every_clip", count=2048),
+        VideoProtocol("stylegan-v", real="every clip", fake="2,048 samples", choice="chunks", count=2048),
         VideoProtocol(
             "tats",
             real="2,048 random clips",
@@ -151,6 +163,7 @@ VIDEO_PROTOCOLS = {
             choice="random_start",
             count=2048,
             real_count=2048,
+            seed=0,
             ddof=1,
         ),
         VideoProtocol(
@@ -160,6 +173,7 @@ VIDEO_PROTOCOLS = {
             choice="random_start",
             count=256,
             real_count=256,
+            seed=0,
             ddof=1,
         ),
     )
@@ -214,9 +228,9 @@ def chunks_of(lengths: list[int], num_frames: int, frame_stride: int = 1) -> lis
 def drawn(total: int, count: int | None, seed: int | None) -> list[int]:
     """The indices of the clips that a protocol takes out of ``total``.
 
-    They are drawn by Python's ``random.Random(seed).sample``. Without a seed or a count, or if there are at most
-    ``count`` clips, all are taken in order.
+    They are drawn by Python's ``random.Random(seed).sample``. Without a count, or if there are at most ``count`` clips,
+    all are taken in order.
     """
-    if count is None or seed is None or count >= total:
+    if count is None or count >= total:
         return list(range(total))
     return random.Random(seed).sample(range(total), count)

@@ -48,10 +48,10 @@ class Conversation(Session, Protocol):
     def write(self, max_tokens: int) -> Tensor:
         """Reply with a text: ids (B, n), padded with the generator's ``end``; n is at most ``max_tokens``."""
 
-    def show(self, tokens: Tensor) -> None:
+    def append_image(self, tokens: Tensor) -> None:
         """Append given image tokens as the model's reply."""
 
-    def tell(self, ids: Tensor) -> Tensor:
+    def append_text(self, ids: Tensor) -> Tensor:
         """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id."""
 
 
@@ -90,8 +90,11 @@ class Generator(Model):
     class_rows_from: int = 0
     """The row of the first class in the embedding table that holds the classes."""
 
-    has_null: bool = True
-    """Whether the model has a null condition, which unconditional generation and guidance need."""
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has a null condition, which unconditional generation and guidance need: condition dropout
+        trains one, and a model without conditions has no other."""
+        return self.condition_dropout > 0 or not self.condition_spec.parts
 
     @property
     def condition_spec(self) -> ConditionSpec:
@@ -388,9 +391,15 @@ class Generator(Model):
         """Raise ValueError if the condition does not match the spec, or has dropped rows without a null condition."""
         self.condition_spec.check(condition)
         if not self.has_null and bool(condition.dropped.any()):
+            self.check_null()
+
+    def check_null(self) -> None:
+        """Raise ValueError unless the model has a null condition."""
+        if not self.has_null:
             raise ValueError(
-                "this generator was built without a null class (condition_dropout 0): it cannot generate "
-                f"unconditionally or with guidance, and every sample needs {self.condition_spec.describe()}"
+                "this generator was built without a null condition (condition_dropout 0): it cannot generate "
+                "unconditionally or with guidance, which is off at scale 1, and every sample needs "
+                f"{self.condition_spec.describe()}"
             )
 
     def check_start(self, condition: Condition, guidance: Guidance, tokenizer: Expands | None) -> None:
@@ -400,6 +409,15 @@ class Generator(Model):
         self.check_condition(condition)
         if guidance.is_on:
             self.check_condition(guidance.conditions(condition))
+
+
+def check_single_ids(spec: TokenSpec, model: str) -> TokenSpec:
+    """Return the spec if its tokens are one id per position; else raise ValueError. ``model`` is for messages."""
+    if not spec.discrete:
+        raise ValueError(f"{model} predicts discrete ids; this tokenizer has continuous latents of {spec.dim} channels")
+    if spec.depth != 1:
+        raise ValueError(f"{model} predicts one id per position; this tokenizer has {spec.depth} (residual codes)")
+    return spec
 
 
 def check_draws(draws: Draws | None, *temperatures: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import Model, OfficialCheckpoint, Reference
+from vistok.checkpoints import Model, OfficialCheckpoint, OfficialReference
 from vistok.checkpoints.registry import Licence
 
 POSITIONS = {"positions": "rope1d"}
@@ -31,7 +31,7 @@ def build(model_class: type[Model], config: Mapping[str, Any], state_dict: Mappi
 
 
 TOKENIZER = "showlab/D-AR/D-AR-tokenizer_v1.pt"
-REFERENCE = Reference(
+REFERENCE = OfficialReference(
     build,
     (
         OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _released(1024, 24, 16), tokenizer=TOKENIZER),

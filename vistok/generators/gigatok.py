@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, Model, OfficialCheckpoint, Reference, rename
+from vistok.checkpoints import CheckpointError, Model, OfficialCheckpoint, OfficialReference, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
@@ -129,4 +129,4 @@ CHECKPOINTS = tuple(
     }.items()
 )
 
-REFERENCE = Reference(build, CHECKPOINTS, Licence("MIT"))
+REFERENCE = OfficialReference(build, CHECKPOINTS, Licence("MIT"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, OfficialReference, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
@@ -113,4 +113,4 @@ CHECKPOINTS = (
     ),
 )
 
-REFERENCE = Reference(build, CHECKPOINTS, Licence("MIT"))
+REFERENCE = OfficialReference(build, CHECKPOINTS, Licence("MIT"))

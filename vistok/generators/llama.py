@@ -20,6 +20,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import CachedLayer, CachedLayers, of_layers
 from vistok.nn.attention import Attention, Mask
 from vistok.nn.containers import ModuleList
+from vistok.nn.masks import prolonged, visible_causal_mask
 from vistok.nn.mlp import SwiGLU, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.positions import sincos_1d
@@ -98,8 +99,8 @@ class Llama(AutoregressiveGenerator):
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
-        condition_dropout: share of training samples whose condition is dropped, for guidance. With 0 a
-            class-conditional model has no null class, and refuses guidance.
+        condition_dropout: share of training samples whose condition is dropped, for guidance; with 0 there is no null
+            condition, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: dropout of the embedded sequence, the
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
@@ -202,7 +203,6 @@ class Llama(AutoregressiveGenerator):
         self.condition_tokens = condition_tokens
         self.condition_length = caption_length if self.takes_captions else condition_tokens + 1
         self.num_classes = None if self.takes_captions or condition_tokens else num_classes or None
-        self.has_null = not condition_tokens and (self.takes_captions or condition_dropout > 0 or not num_classes)
         if caption_dim is not None:
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
@@ -256,6 +256,11 @@ class Llama(AutoregressiveGenerator):
         return nn.Linear(dim, self.spec.num_ids, bias=False)
 
     @property
+    def has_null(self) -> bool:
+        """As of every generator; a model of condition tokens has no null condition."""
+        return not self.condition_tokens and super().has_null
+
+    @property
     def condition_spec(self) -> ConditionSpec:
         """Class labels, caption features, or given tokens."""
         if self.condition_tokens:
@@ -307,13 +312,10 @@ class Llama(AutoregressiveGenerator):
         return self.token_embedding(ids)
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """Causal mask without the caption's padding; each position sees itself, so that no row is empty."""
+        """Causal mask without the caption's padding."""
         if condition.mask is None:
             return None
-        visible = nn.functional.pad(condition.mask, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
-        queries, keys = (torch.arange(first, stop, device=visible.device) for first in (start, 0))
-        offset = queries[:, None] - keys  # (stop - start, stop)
-        return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
+        return visible_causal_mask(prolonged(condition.mask, stop), start)
 
     def transform(
         self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor

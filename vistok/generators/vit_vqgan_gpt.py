@@ -20,6 +20,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import CachedLayer, CachedLayers, of_layers
 from vistok.nn.attention import Attention, Mask
 from vistok.nn.containers import ModuleList
+from vistok.nn.masks import prolonged, visible_causal_mask
 from vistok.nn.mlp import MLP
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, ConditionSpec, IdSpec, TokenSpec, as_dataclass
@@ -97,7 +98,6 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.num_classes = num_classes or None
         self.condition_dropout, self.condition_length = condition_dropout, condition_length
-        self.has_null = condition_dropout > 0 or not num_classes
         self.condition_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
@@ -147,12 +147,9 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         padding = None if ids is None else ids.mask
         if padding is None and (self.condition_length == 1 or start >= self.condition_length):
             return None
-        queries, keys = (torch.arange(first, stop, device=self.token_positions.device) for first in (start, 0))
-        seen = (keys <= queries.clamp(min=self.condition_length - 1)[:, None])[None, None]
         if padding is None:
-            return seen
-        visible = F.pad(padding, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
-        return seen & visible[:, None, None] | (keys == queries[:, None])  # each entry sees itself: no row is empty
+            padding = torch.ones(1, stop, dtype=torch.bool, device=self.token_positions.device)
+        return visible_causal_mask(prolonged(padding, stop), start, prefix=self.condition_length)
 
     def transform(
         self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor

@@ -1,10 +1,11 @@
-"""Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
+"""Losses as reusable modules: pixel, perceptual, adversarial and entropy losses. None depends on a tokenizer."""
 
-from vistok.losses.alignment import Alignment, EncoderConfig, FrozenEncoder, alignment_distance
+from vistok.losses.alignment import EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
 from vistok.losses.blur_discriminator import BlurDiscriminator
 from vistok.losses.classifier import ClassifierDistance
+from vistok.losses.contrastive import contrastive_loss, symmetric_cross_entropy
 from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import Discriminator, PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import BitEntropyLoss, EntropyLoss
@@ -20,7 +21,7 @@ from vistok.losses.gan import (
 from vistok.losses.perceptual import LPIPS
 from vistok.losses.pixel import L1, L2, LogitLaplace
 from vistok.losses.pooled_discriminator import PooledDiscriminator
-from vistok.losses.semantic import SemanticGuide, contrastive_loss
+from vistok.losses.semantic import SemanticGuide
 from vistok.losses.vit_discriminator import ViTDiscriminator
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "ARPrior",
     "BitEntropyLoss",
     "BlurDiscriminator",
-    "Alignment",
     "DINODiscriminator",
     "ClassifierDistance",
     "DiffAugment",
@@ -53,4 +53,5 @@ __all__ = [
     "alignment_distance",
     "contrastive_loss",
     "r1_penalty",
+    "symmetric_cross_entropy",
 ]

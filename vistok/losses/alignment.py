@@ -24,13 +24,13 @@ from vistok.losses.efficientnet import EfficientNetFeatures
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The frozen encoder.
+    """The config of a frozen image encoder.
 
     Attributes:
         name: of a vision transformer in timm; or "efficientnet_lite0", whose weights come with the extra ``teachers``
             (``losses.efficientnet``), so that nothing is downloaded.
-        weights: a local weights file (safetensors or torch) as timm reads it; None downloads the published one.
-        image_size: side to which images are resized. 224 in D-AR; 518, DINOv2's own, in FlexTok.
+        weights: a local weights file (safetensors or torch) that timm can read; None downloads the published one.
+        image_size: side to which images are resized: 224 in D-AR; 518, DINOv2's own, in FlexTok.
         stride: of the features of "efficientnet_lite0", in pixels of the resized image: 8, 16 or 32.
     """
 
@@ -41,14 +41,13 @@ class EncoderConfig:
 
 
 class FrozenEncoder(nn.Module):
-    """Patch features of a pretrained network; it is never trained.
+    """Patch features of a pretrained network, which is never trained.
 
     Attributes:
         dim: channels D of a patch's features.
 
     Raises:
-        ValueError: timm knows no such model, it is no vision transformer, or a stride other than 8, 16
-            or 32.
+        ValueError: timm has no such model, it is not a vision transformer, or a stride is not 8, 16 or 32.
         CheckpointError: the weights file is absent, damaged or of another model, the download failed, or the package
             with the weights is not installed.
     """
@@ -71,14 +70,14 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1] to features (B, P, D), row by row.
 
-        Images are normalised first and resized then, bicubic without antialiasing, as D-AR does.
+        Images are first normalised, then resized (bicubic, without antialiasing), as in D-AR.
         """
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
         size = (self.image_size, self.image_size)
@@ -90,7 +89,7 @@ class PatchTokens(nn.Module):
 
     Attributes:
         dim: channels D of a token.
-        mean, std: of pixels in [0, 1], by which its images are normalised.
+        mean, std: of pixels in [0, 1], for the normalisation of images.
     """
 
     model: Any  # timm's models do not declare their attributes
@@ -112,28 +111,16 @@ class PatchTokens(nn.Module):
         return self.model.forward_features(images)[:, self.model.num_prefix_tokens :]
 
 
-class Alignment(nn.Module):
-    """1 - mean cosine between a model's patch features and those of the frozen encoder, per image."""
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.encoder = FrozenEncoder(config)
-
-    def forward(self, features: Tensor, pixels: Tensor) -> Tensor:
-        """Features (B, P, D) of images (B, C, H, W) in [-1, 1] to distances (B,)."""
-        return alignment_distance(features, self.encoder(pixels))
-
-
 def alignment_distance(features: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """1 - the mean over patches of the cosine of two feature maps (B, P, D), (B,); 0 is aligned, 1 unrelated.
+    """1 - the cosine similarity of two feature maps (B, P, D), averaged over patches: (B,). 0 is aligned, 1 unrelated.
 
-    Features of another raster are resized to that of the target, bilinear; both must be square.
+    Features with another number of patches are resized to the raster of the target, bilinear; both must be square.
 
     Args:
-        weights: (B, P), how much each of the features counts in the mean.
+        weights: (B, P), weights of the features in the mean.
 
     Raises:
-        ValueError: unlike channels, or a raster that is not square where it has to be resized.
+        ValueError: the channels differ, or a raster that must be resized is not square.
     """
     if features.shape[2] != target.shape[2]:
         raise ValueError(f"features have {features.shape[2]} channels, those of the frozen encoder {target.shape[2]}")
@@ -162,18 +149,18 @@ def _side(count: int) -> int:
 
 
 def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Module:
-    """The vision transformer that timm builds for ``config`` and further ``arguments``, with its pretrained weights.
+    """Build timm's vision transformer for ``config`` and further ``arguments``, with its pretrained weights.
 
     Args:
-        option: the config key that names a local weights file, for messages.
+        option: the config key of a local weights file, for messages.
 
     Raises:
-        ValueError: timm knows no such model, or it is no vision transformer.
+        ValueError: timm has no such model, or it is not a vision transformer.
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
     import timm
 
-    from vistok.config import suggestion
+    from vistok.utils.spelling import suggestion
 
     architecture, _, _ = config.name.partition(".")
     if not timm.is_model(architecture):
@@ -186,14 +173,14 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
             pretrained=True,
             num_classes=0,
             img_size=config.image_size,
-            # timm resamples the position table of the file to the image size. Its versions of 2024 take a file for the
-            # NumPy archive that a model was released as, unless they are told.
+            # timm resamples the position table of the file to the image size. Its versions of 2024 read any file as
+            # the NumPy archive that a model was released as, unless custom_load says otherwise.
             pretrained_cfg_overlay={"file": config.weights, "custom_load": config.weights.endswith(".npz")}
             if config.weights
             else None,
             **arguments,
         )
-    except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
+    except Exception as error:  # timm does not catch errors of the hub, of unpickling or of torch
         source, said = config.weights or "the download", str(error) or type(error).__name__
         raise CheckpointError(
             f"the weights of {config.name} could not be read from {source}: {said.splitlines()[0].rstrip('.')}. "

@@ -1,7 +1,7 @@
-"""An autoregressive prior that a discrete tokenizer is trained with, so that its tokens become easy to predict.
+"""An autoregressive prior for the training of a discrete tokenizer, so that its tokens become easy to predict.
 
 LARP (arXiv 2410.21264, section 3.3), github.com/hywang66/LARP (MIT). The prior is a small GPT on continuous code
-vectors; it is trained beside the tokenizer and not needed afterwards.
+vectors. It is trained with the tokenizer, and not needed afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys, inverse_cdf
 from vistok.nn.attention import Attention
+from vistok.nn.initialisation import xavier_uniform
 from vistok.nn.mlp import MLP
 
 
@@ -36,8 +37,13 @@ class _Block(nn.Module):
 
 @dataclass
 class Round:
-    """One pass of the prior: the code vectors that it was fed and those that it predicted, (B, n, d) each, and the
-    logits (B, n - 1, K) of the ids from position 1 on."""
+    """One pass of the prior.
+
+    Attributes:
+        fed: (B, n, d), the input code vectors.
+        predicted: (B, n, d), the predicted code vectors.
+        logits: (B, n - 1, K), of the ids from position 1 on.
+    """
 
     fed: Tensor
     predicted: Tensor
@@ -57,22 +63,22 @@ class PriorOutput:
 class ARPrior(nn.Module):
     """Predicts each code vector from those before it, in rounds of scheduled sampling, and scores the ids.
 
-    Round 1 is fed the true code vectors. Every later round is fed the vectors of ids drawn from the round before, at
-    the positions chosen for replacement; the first position is always true. The logits of position i >= 1 are the
-    products of the prediction with all codes, over ``temperature``.
+    The input of round 1 is the true code vectors. In every later round, ids drawn from the logits of the round before
+    replace those at the chosen positions; position 0 always keeps its true vector. The logits of position i >= 1 are
+    the inner products of the prediction and all codes, divided by ``temperature``.
 
     Args:
         code_dim: channels d of a code vector.
         max_length: the longest sequence of tokens.
         num_layers, num_heads, dim: of the GPT.
-        drop: dropout of its input, attention weights and feed-forward outputs, in training.
-        normalize: l2-normalise predictions, for codes that are normalised too.
+        drop: dropout of its input, attention weights and feed-forward outputs.
+        normalize: l2-normalises predictions, for codes that are normalised.
         temperature: of the logits.
         num_rounds: passes per step.
-        mix_ratio: share of positions that later rounds see replaced, at the most.
-        mix_until: the share grows from 0 in proportion to training's progress, until this progress.
-        average_rounds: the loss is the mean over all rounds, else that of the last.
-        detach_early_rounds: rounds before the last give the code vectors no gradient.
+        mix_ratio: the largest share of positions that are replaced in later rounds.
+        mix_until: progress of training, in [0, 1], until which that share grows linearly from 0.
+        average_rounds: whether the loss is the mean over all rounds, or that of the last round.
+        detach_early_rounds: whether only the last round gives gradients to the code vectors.
 
     Raises:
         ValueError: no rounds, or a share out of range.
@@ -110,23 +116,24 @@ class ARPrior(nn.Module):
         self.blocks = nn.Sequential(*(_Block(dim, num_heads, drop) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, code_dim)
-        self.apply(_initialise)
+        self.apply(xavier_uniform)
 
     def replaced_share(self, progress: float) -> float:
-        """The share of positions that later rounds see replaced when ``progress`` in [0, 1] of training is over."""
+        """The share of positions that are replaced in later rounds, at ``progress`` in [0, 1] of training."""
         return self.mix_ratio * min(progress / self.mix_until, 1.0) if self.mix_until else self.mix_ratio
 
     def training_draws(self, keys: Keys, length: int) -> Draws:
-        """The numbers that ``forward`` consumes for sequences of ``length`` tokens: which positions are replaced, and
-        by what."""
+        """The random numbers that ``forward`` consumes for sequences of ``length`` tokens: they choose the positions
+        to replace, and the new ids."""
         return {
             "prior mix": keys.uniform("prior mix", length - 1),
             "prior ids": keys.uniform("prior ids", self.num_rounds - 1, length - 1),
         }
 
     def predict(self, fed: Tensor) -> Tensor:
-        """Predict each code vector of ``fed`` (B, n, d) from those before it, (B, n, d). Nothing comes before the first
-        one, which is handed on. All are normalised where codes are.
+        """Predict each code vector of ``fed`` (B, n, d) from those before it; returns (B, n, d).
+
+        The first one has none before it, and is returned unchanged. With ``normalize`` all are l2-normalised.
 
         Raises:
             ValueError: more tokens than ``max_length``.
@@ -142,10 +149,10 @@ class ARPrior(nn.Module):
         """Score a batch of tokens.
 
         Args:
-            quantized: (B, n, d) straight-through code vectors, through which the tokenizer learns.
+            quantized: (B, n, d) straight-through code vectors, which carry gradients to the tokenizer.
             ids: (B, n) their ids.
-            codes: (K, d) all code vectors; they get no gradient.
-            progress: share of training that is over.
+            codes: (K, d) all code vectors, which get no gradient.
+            progress: of training, in [0, 1].
             draws: from ``training_draws``.
         """
         uniforms = draws["prior ids"].to(quantized.device)
@@ -164,9 +171,9 @@ class ARPrior(nn.Module):
         """All passes over ``quantized`` (B, n, d).
 
         Args:
-            replaced: (B, n - 1) bool, which positions from 1 on later rounds see replaced.
-            draw: gives the ids (B, n - 1) that replace them, from the number of the round before, counted from 0, and
-                its logits (B, n - 1, K).
+            replaced: (B, n - 1) bool, the positions from 1 on that are replaced in later rounds.
+            draw: from the number of the round before, counted from 0, and its logits (B, n - 1, K) to new ids
+                (B, n - 1).
         """
         codes = codes.detach().to(quantized.dtype)
         fed, rounds = quantized, list[Round]()
@@ -182,7 +189,8 @@ class ARPrior(nn.Module):
         return rounds
 
     def score(self, ids: Tensor, rounds: list[Round]) -> PriorOutput:
-        """Cross entropy of ids (B, n) from position 1 on, over the rounds that count; accuracies of the first one."""
+        """The cross entropy of ids (B, n) from position 1 on, over all rounds or the last one (``average_rounds``), and
+        the accuracies of the first of these rounds."""
         counted = rounds if self.average_rounds else rounds[-1:]
         target = ids[:, 1:]
         losses = [F.cross_entropy(one.logits.float().transpose(1, 2), target) for one in counted]
@@ -190,9 +198,3 @@ class ARPrior(nn.Module):
         hits = best == target[..., None]  # (B, n - 1, 5), likeliest first
         top1, top5 = (100 * hits[..., :k].any(-1).float().mean() for k in (1, 5))
         return PriorOutput(torch.stack(losses).mean(), top1, top5, rounds)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees, so that it does not learn its few images by heart.
+"""Differentiable augmentation of a discriminator's images, so that it does not overfit to few images.
 
 DiffAugment: Zhao et al., arXiv 2006.10738; with the blur that StyleGAN-T (arXiv 2301.09515) fades out in training.
 """
@@ -19,12 +19,12 @@ class DiffAugment(nn.Module):
     """Shift images by up to a share of their sides, change their colours, and set a rectangle to 0.
 
     Args:
-        groups: which of "translation", "color" and "cutout" are on.
-        translation: largest shift, as a share of a side; what is uncovered is 0.
-        cutout: sides of the rectangle, as shares of the image's.
+        groups: the transforms that are on, of "translation", "color" and "cutout".
+        translation: largest shift, as a share of a side; uncovered pixels are 0.
+        cutout: sides of the rectangle, as a share of those of the image.
 
     Raises:
-        ValueError: an unknown group, or a share outside of [0, 1].
+        ValueError: an unknown group, or a share outside [0, 1].
     """
 
     def __init__(self, groups: tuple[str, ...] = GROUPS, translation: float = 0.125, cutout: float = 0.2):
@@ -37,15 +37,16 @@ class DiffAugment(nn.Module):
         self.groups, self.translation, self.cutout = tuple(groups), translation, cutout
 
     def forward(self, images: Tensor, uniforms: Tensor, *, blur: float = 0.0) -> Tensor:
-        """Augment images (B, C, H, W), each in its own way.
+        """Augment images (B, C, H, W), each by its own random numbers.
 
         Args:
-            uniforms: (7, B) in [0, 1): vertical and horizontal shift, brightness, saturation, contrast, and the row
-                and column of the rectangle.
-            blur: strength of a Gaussian blur before all else, 0 (off) to 1: sqrt(H / 2) times this is its width.
+            uniforms: (7, B) in [0, 1): for the vertical and horizontal shift, brightness, saturation, contrast, and the
+                row and column of the rectangle.
+            blur: strength, 0 (off) to 1, of a Gaussian blur that comes first; its kernel is exp2(-(x / s)^2) with
+                s = blur * sqrt(H / 2).
 
         Raises:
-            ValueError: uniforms of another shape.
+            ValueError: ``uniforms`` have another shape.
         """
         if uniforms.shape[0] != NUM_UNIFORMS or uniforms.numel() != NUM_UNIFORMS * len(images):
             raise ValueError(
@@ -88,7 +89,7 @@ def _translated(images: Tensor, uniform_y: Tensor, uniform_x: Tensor, share: flo
 
 
 def _shifted_indices(size: int, uniform: Tensor, reach: int) -> Tensor:
-    """(B, size) places, in an axis padded by ``reach``, of an axis shifted by -reach, ..., reach."""
+    """The indices (B, size), into an axis that is padded by ``reach``, for shifts of -reach, ..., reach."""
     return (uniform * (2 * reach + 1)).floor().long()[:, None] + torch.arange(size, device=uniform.device)
 
 
@@ -110,7 +111,7 @@ def _cut_out(images: Tensor, uniform_y: Tensor, uniform_x: Tensor, share: float)
 
 
 def _inside(size: int, uniform: Tensor, length: int) -> Tensor:
-    """(B, size) bool: an interval of ``length`` around a uniform place, cut off at the ends."""
+    """(B, size) bool, True in an interval of ``length`` around a uniformly drawn centre, clipped at the ends."""
     centre = (uniform * (size + 1 - length % 2)).floor().long()[:, None]
     offset = torch.arange(size, device=uniform.device) - (centre - length // 2)
     return (offset >= 0) & (offset < length)

@@ -14,12 +14,13 @@ def bit_cross_entropy(logits: Tensor, bits: Tensor, scales: Sequence[Sequence[in
     """Cross entropy in nats per bit: the mean over bits, positions and the batch.
 
     Args:
-        logits: (B, L, 2 d), those of 0 and of 1 of each bit side by side.
+        logits: (B, L, 2 d), the logits of 0 and 1 for each bit in turn.
         bits: (B, L, d).
-        scales: the grids of the positions; those of a grid then weigh 1 / sqrt(its area). None weighs all alike.
+        scales: the (h, w) grids of the positions; a position of a grid has the weight 1 / sqrt(h w). None weights all
+            positions equally.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
     """
     per_position = _per_bit(logits, bits).mean(-1)  # (B, L)
     if scales is None:
@@ -32,7 +33,7 @@ def bit_cross_entropy(logits: Tensor, bits: Tensor, scales: Sequence[Sequence[in
 
 
 def _per_bit(logits: Tensor, bits: Tensor) -> Tensor:
-    """(B, L, d) cross entropies."""
+    """The cross entropies (B, L, d) of bits in nats."""
     if logits.shape != (*bits.shape[:2], 2 * bits.shape[2]):
         raise ValueError(f"bits {tuple(bits.shape)} need logits of twice their width, got {tuple(logits.shape)}")
     pairs = logits.float().unflatten(-1, (-1, 2))  # (B, L, d, 2)
@@ -40,6 +41,7 @@ def _per_bit(logits: Tensor, bits: Tensor) -> Tensor:
 
 
 def bit_accuracy(logits: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of right bits, and of positions whose bits are all right; of logits and bits as above."""
+    """The shares of correct bits, and of positions with only correct bits, from logits (B, L, 2 d) and bits
+    (B, L, d)."""
     right = logits.unflatten(-1, (-1, 2)).argmax(-1) == bits
     return right.float().mean(), right.all(-1).float().mean()

@@ -1,4 +1,4 @@
-"""A patch discriminator that blurs before it halves the side.
+"""A patch discriminator that applies a low-pass filter before each downsampling.
 
 The discriminator of the pretrained tokenizers of Open-MAGVIT2 (arXiv 2409.04410), after StyleGAN's low-pass filters
 (Karras et al., arXiv 1812.04948).
@@ -7,13 +7,11 @@ The discriminator of the pretrained tokenizers of Open-MAGVIT2 (arXiv 2409.04410
 from __future__ import annotations
 
 from itertools import pairwise
-from math import comb
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.losses.discriminators import Discriminator
+from vistok.losses.discriminators import Discriminator, binomial_kernel, low_pass
 
 NORM_GROUPS = 32
 
@@ -21,16 +19,16 @@ NORM_GROUPS = 32
 class BlurDiscriminator(Discriminator):
     """A 5x5 convolution, stages of a 3x3 convolution and a blur that halves the side, and two convolutions to a logit.
 
-    All convolutions keep the side. Stage i has ``width`` 2^i channels.
+    Convolutions keep the side. Stage i, counted from 0, has ``width`` * 2^i channels.
 
     Args:
         in_channels: of the images.
         width: channels of the first layer, a multiple of 32.
-        num_stages: each halves the side.
+        num_stages: number of stages, each of which halves the side.
         kernel_size: of the blur, whose weights are binomial coefficients: 4 is (1, 3, 3, 1).
 
     Raises:
-        ValueError: no stages, a width that 32 does not divide, or a blur of a single pixel.
+        ValueError: no stages, a width that is not a multiple of 32, or a kernel of less than 2 pixels.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 128, num_stages: int = 3, kernel_size: int = 4):
@@ -75,14 +73,12 @@ class Blur(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        taps = torch.tensor([float(comb(size - 1, i)) for i in range(size)])
-        self.register_buffer("kernel", torch.outer(taps, taps)[None, None] / taps.sum() ** 2)
+        self.register_buffer("kernel", binomial_kernel(size)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, size = x.shape[1], self.kernel.shape[-1]
+        size = self.kernel.shape[-1]
         pads: list[int] = []
         for side in reversed(x.shape[2:]):
             missing = max((-(-side // 2) - 1) * 2 + size - side, 0)
-            pads += [missing // 2, missing - missing // 2]  # an odd one goes behind
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, size, size)
-        return F.conv2d(F.pad(x, pads), kernel, stride=2, groups=channels)
+            pads += [missing // 2, missing - missing // 2]  # an odd pixel goes to the right or bottom
+        return low_pass(F.pad(x, pads), self.kernel, stride=2)

@@ -1,27 +1,28 @@
-"""Distance of two images by what a classifier says of them (the perceptual loss of TiTok, arXiv 2406.07550)."""
+"""A distance of two images by a classifier's logits (the perceptual loss of TiTok, arXiv 2406.07550)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Self
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.losses.downloads import fetch_weights
+from vistok.utils.imagenet import MEAN, STD
+
 SIDE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
 
 class ClassifierDistance(nn.Module):
-    """Mean squared difference of the logits of a frozen classifier of ImageNet, ConvNeXt-S if not told otherwise.
+    """Mean squared difference of the logits of a frozen ImageNet classifier, by default ConvNeXt-S.
 
-    Images are resized to 224 px, bilinear with antialiasing, and normalised. Differentiable in the images.
+    Images are resized to 224 px, bilinear with antialiasing, and normalised. It is differentiable in the images.
 
     Args:
-        classifier: maps normalised images (B, 3, 224, 224) to logits (B, K); None is a ConvNeXt-S with random weights:
-            a distance, not the published one. ``from_pretrained`` gives that.
+        classifier: maps normalised images (B, 3, 224, 224) to logits (B, K). None is a ConvNeXt-S with random weights;
+            use ``from_pretrained`` for the published distance.
     """
 
     mean: Tensor
@@ -35,7 +36,8 @@ class ClassifierDistance(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> Self:
-        """ConvNeXt-S with torchvision's ImageNet weights, from a local file, else by download (192 MB, then cached).
+        """The distance of ConvNeXt-S with torchvision's ImageNet weights, from a local file or a download (192 MB,
+        cached).
 
         Raises:
             CheckpointError: the file is absent, damaged or of another model, or the download failed.
@@ -47,11 +49,11 @@ class ClassifierDistance(nn.Module):
         return cls(model)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, K) of images (B, 1 or 3, H, W) in [-1, 1]."""
+        """The logits (B, K) of images (B, 1 or 3, H, W) in [-1, 1]."""
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
         return self.classifier(((images + 1) / 2 - self.mean) / self.std)  # a single channel becomes three here
 
@@ -75,13 +77,5 @@ def _convnext() -> nn.Module:
 def _download() -> dict[str, Tensor]:
     from torchvision.models import ConvNeXt_Small_Weights
 
-    from vistok.checkpoints import CheckpointError
-
-    url = ConvNeXt_Small_Weights.IMAGENET1K_V1.url
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-        raise CheckpointError(
-            f"the ConvNeXt-S weights could not be fetched from {url}: {error}. Download the file elsewhere and give "
-            "its local path: ClassifierDistance.from_pretrained(FILE)"
-        ) from error
+    remedy = "losses.classifier.weights=FILE in a config, or ClassifierDistance.from_pretrained(FILE)"
+    return fetch_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1.url, "ConvNeXt-S", remedy)

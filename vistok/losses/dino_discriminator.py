@@ -1,6 +1,6 @@
 """A discriminator on the features of a frozen DINO transformer.
 
-StyleGAN-T (Sauer et al., arXiv 2301.09515, section 3.2) judges features of several depths by small heads; VAR, GigaTok
+StyleGAN-T (Sauer et al., arXiv 2301.09515, section 3.2) has small heads on features of several depths; VAR, GigaTok
 (arXiv 2504.08736) and RobusTok (arXiv 2509.12474) train tokenizers with it. DINO: Caron et al., arXiv 2104.14294.
 """
 
@@ -26,24 +26,25 @@ IMAGE_SIZE = 224
 class DINODiscriminator(Discriminator):
     """Heads on the frozen features of images: one logit per patch and depth.
 
-    Features are the patch tokens plus the class token, as embedded and after the blocks ``taps``. The bias of the keys
-    is 0, and GELU the tanh approximation. Images larger than 224 px are cropped to that with probability
-    ``crop_probability``, and resized otherwise, as smaller ones always are.
+    Features are the sum of patch tokens and class token, after the embedding and after the blocks ``taps``. The bias of
+    the keys is 0, and GELU is the tanh approximation. Images whose sides are all above 224 px are cropped to 224 px
+    with probability ``crop_probability``; else images are resized to it.
 
-    The transformer is no part of the state: it is built from its weights file again. It goes where the heads go.
+    The transformer is not part of the state dict: it is read from its weights file again. It moves to the device of the
+    heads.
 
     Args:
-        weights: a local weights file of the transformer as timm reads it; None downloads the published one.
+        weights: a local weights file of the transformer that timm can read; None downloads the published one.
         in_channels: of the images, 3 or 1.
         transformer: name of a vision transformer in timm.
-        taps: blocks, counted from 0, after which features are read, beside the embedding.
-        kernel_size: of the heads' convolution over patches, which wraps around.
-        norm_group: images that the heads' batch norms average over, or all where that does not divide the batch.
+        taps: blocks, counted from 0, after which features are read.
+        kernel_size: of the heads' convolution over patches, with circular padding; odd.
+        norm_group: number of images over which the heads' batch norms average; all if it does not divide the batch.
         crop_probability: see above.
-        value_range: least and greatest value of pixels; they become those of images in [0, 1], which are normalised.
+        value_range: the values of black and white pixels, which are mapped to [0, 1] and then normalised.
 
     Raises:
-        ValueError: timm knows no such transformer, or a tap that it does not have.
+        ValueError: timm has no such transformer, it has no such block, or another argument is out of range.
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
 
@@ -103,8 +104,8 @@ class DINODiscriminator(Discriminator):
         """Return logits (B, heads * patches) of images (B, in_channels, H, W) in ``value_range``.
 
         Args:
-            uniforms: (3,) numbers in [0, 1) on the host: whether to crop, and where, vertically and horizontally. None
-                resizes.
+            uniforms: (3,) numbers in [0, 1) on the host: for the choice to crop, and for the top and left edge of the
+                crop. None always resizes.
 
         Raises:
             ValueError: images of another shape.
@@ -125,7 +126,7 @@ class DINODiscriminator(Discriminator):
         return F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="area")
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Features (B, D, patches), embedding first, of images (B, 1 or 3, 224, 224) in ``value_range``."""
+        """The features (B, D, patches) of images (B, 1 or 3, 224, 224) in ``value_range``, the embedding's first."""
         model, (low, high) = self.backbone, self.value_range
         x = model.patch_embed(((images - low) / (high - low) - self.mean) / self.std)
         x = model.norm_pre(model._pos_embed(x))
@@ -150,9 +151,9 @@ def _without_key_bias(transformer: Any) -> nn.Module:
 
 
 class GroupBatchNorm(nn.Module):
-    """Batch norm of (B, C, L) whose statistics are those of ``group`` consecutive samples, in evaluation too.
+    """Batch norm of (B, C, L) with the statistics of ``group`` consecutive samples, also in evaluation.
 
-    A batch that the group does not divide is normalised as a whole.
+    A batch that is not a multiple of the group is normalised as a whole.
     """
 
     def __init__(self, channels: int, group: int, eps: float = 1e-6):
@@ -169,7 +170,7 @@ class GroupBatchNorm(nn.Module):
 
 
 class _Residual(nn.Module):
-    """(f(x) + x) / sqrt(2), of unit variance if both are."""
+    """(f(x) + x) / sqrt(2), which keeps unit variance."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()

@@ -16,12 +16,12 @@ from vistok.nn.containers import ModuleList
 
 
 class Discriminator(nn.Module):
-    """Judges images (B, C, H, W) or clips (B, C, T, H, W): logits of any shape, the batch first.
+    """Base of discriminators: images (B, C, H, W) or clips (B, C, T, H, W) to logits (B, ...) of any further shape.
 
     Attributes:
         in_channels: C.
-        num_uniforms: how many random numbers a batch takes: ``forward`` gets them, in [0, 1) on the host, as
-            ``uniforms``, if there are any.
+        num_uniforms: how many random numbers ``forward`` needs per batch, as ``uniforms``, in [0, 1) on the host. If it
+            is 0, ``forward`` has no such argument.
     """
 
     num_uniforms: ClassVar[int] = 0
@@ -30,16 +30,16 @@ class Discriminator(nn.Module):
 
     @classmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
+        """The constructor's arguments that follow from the shape of the data, (C, H, W) or (C, T, H, W)."""
         return {"in_channels": input_shape[0]}
 
     @classmethod
     def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
-        """The constructor's arguments that follow from the range of pixel values; most discriminators read any."""
+        """The constructor's arguments that follow from the range of pixel values; most discriminators have none."""
         return {}
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Frozen networks that it computes with, by name; they are no part of its state."""
+        """Frozen networks that it uses, by name; they are not part of its state dict."""
         return {}
 
     def check_images(self, images: Tensor, least_side: int = 1, hint: str = "") -> None:
@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
 
 
 class StyleGANDiscriminator(Discriminator):
-    """StyleGAN2's discriminator (Karras et al. 2020), as ViT-VQGAN uses it.
+    """StyleGAN2's discriminator (Karras et al. 2020), as in ViT-VQGAN.
 
     A 1x1 stem, residual blocks that halve the side down to 4, the minibatch standard deviation as one more
     channel, a 3x3 convolution and two linear layers. Weights are stored at unit variance and scaled by
@@ -64,7 +64,7 @@ class StyleGANDiscriminator(Discriminator):
         channel_multiplier: scales the width of the stages above 32 px.
 
     Raises:
-        ValueError: ``image_size`` is no power of two or below 4.
+        ValueError: ``image_size`` is not a power of two, or below 4.
     """
 
     def __init__(self, image_size: int, in_channels: int = 3, channel_multiplier: int = 2):
@@ -114,16 +114,18 @@ class StyleGANDiscriminator(Discriminator):
 
 
 class PatchGAN(Discriminator):
-    """pix2pix's patch discriminator (Isola et al. 2017), as VQGAN, LlamaGen and GigaTok use it.
+    """pix2pix's patch discriminator (Isola et al. 2017), as in VQGAN, LlamaGen and GigaTok.
 
-    ``num_layers`` strided convolutions and two unstrided ones; with three layers of 4x4 a logit sees 70 x 70 pixels.
-    Convolutions start from normal(0, 0.02). Parameters are named as in taming-transformers.
+    ``num_layers`` strided convolutions and two unstrided ones. With three layers and 4x4 kernels, the receptive field
+    of a logit is 70 x 70 pixels. Convolutions are initialised by normal(0, 0.02). Parameters are named as in
+    taming-transformers.
 
     Args:
         in_channels: of the images.
         width: channels of the first layer; doubled per layer, at most 8 times as many.
         num_layers: number of strided convolutions, each halving the side.
-        norm: "batch" (of all processes together), "group" (32 groups where the width allows) or "none".
+        norm: "batch" (with statistics of all processes), "group" (32 groups, or fewer if 32 does not divide the
+            channels) or "none".
         kernel_size: side of the convolutions, 3 or 4, padded by 1.
 
     Raises:
@@ -147,7 +149,7 @@ class PatchGAN(Discriminator):
         for level in range(1, num_layers + 1):
             out_channels = width * min(2**level, 8)
             stride = 2 if level < num_layers else 1
-            # A norm brings its own bias.
+            # A norm has a bias of its own.
             conv = nn.Conv2d(channels, out_channels, kernel_size, stride=stride, padding=1, bias=norm == "none")
             modules += [conv, _NORMS[norm](out_channels), nn.LeakyReLU(0.2)]
             channels = out_channels
@@ -221,22 +223,33 @@ class _Activation(nn.Module):
         return _scaled_leaky_relu(x + self.bias[:, None, None])
 
 
+def binomial_kernel(size: int) -> Tensor:
+    """The low-pass filter (size, size) of binomial coefficients, which sums to 1: [1, 3, 3, 1] / 8 in both directions
+    for size 4 (arXiv 1904.11486)."""
+    taps = torch.tensor([float(math.comb(size - 1, i)) for i in range(size)])
+    return torch.outer(taps, taps) / taps.sum() ** 2
+
+
+def low_pass(x: Tensor, kernel: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """Filter every channel of (B, C, H, W) by a kernel (k, k)."""
+    channels = x.shape[1]
+    weight = kernel.to(x.dtype).expand(channels, 1, *kernel.shape[-2:])
+    return F.conv2d(x, weight, stride=stride, padding=padding, groups=channels)
+
+
 class _Blur(nn.Module):
-    """The [1, 3, 3, 1] low-pass filter in front of a strided convolution with ``kernel_size``."""
+    """The low-pass filter [1, 3, 3, 1] before a strided convolution with ``kernel_size``."""
 
     kernel: Tensor
 
     def __init__(self, kernel_size: int, *, stride: int = 1):
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-        self.register_buffer("kernel", torch.outer(taps, taps) / 64)
+        self.register_buffer("kernel", binomial_kernel(4))
         padding = 2 + (kernel_size - 1)  # even for kernels of odd size
         self.padding, self.stride = padding // 2, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
-        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
+        return low_pass(x, self.kernel, stride=self.stride, padding=self.padding)
 
 
 class _ResidualBlock(nn.Module):
@@ -248,7 +261,7 @@ class _ResidualBlock(nn.Module):
         self.conv2 = nn.Sequential(
             _Blur(3), _EqualConv2d(in_channels, out_channels, 3, stride=2), _Activation(out_channels)
         )
-        # The 1x1 convolution reads every second pixel, so the blur need not compute the others.
+        # A strided 1x1 convolution would read every second pixel only, so the blur has the stride.
         self.skip = nn.Sequential(_Blur(1, stride=2), _EqualConv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,10 +274,10 @@ def _conv_layer(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
 
 
 def _append_batch_deviation(x: Tensor) -> Tensor:
-    """Append a channel: the standard deviation over groups of about 4 samples, averaged over (C, H, W)."""
+    """Append a channel with the standard deviation over groups of about 4 samples, averaged over (C, H, W)."""
     batch = x.shape[0]
     groups = max(batch // 4, 1)
-    while batch % groups:  # a ragged last batch gets fewer, larger groups
+    while batch % groups:  # a batch that is not a multiple of 4 gets fewer, larger groups
         groups -= 1
     grouped = x.unflatten(0, (batch // groups, groups))  # (members, groups, C, H, W)
     deviation = (grouped.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (groups,)

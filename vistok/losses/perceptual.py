@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from vistok.losses.downloads import fetch_weights
 from vistok.nn.containers import ModuleList
 
 # Index in torchvision's vgg16().features, and channels, of each feature map that is compared.
 TAPS = {"relu1_2": (3, 64), "relu2_2": (8, 128), "relu3_3": (15, 256), "relu4_3": (22, 512), "relu5_3": (29, 512)}
 MIN_SIZE = 16  # four poolings leave one pixel
 
-# Names in the released files, to ours: VGG16 as torchvision, richzhang/lpips and taming-transformers store it, and
-# the linear heads (whose element 0 is a dropout without weights).
+# From the names in released files to ours: VGG16 in the files of torchvision, richzhang/lpips and taming-transformers,
+# and the linear heads (element 0 of a head is a dropout without weights).
 _RENAMES = (
     (r"(?:net\.)?slice\d\.(\d+)\.(weight|bias)", r"features.\1.\2"),
     (r"lin(?:s\.)?(\d)\.model\.1\.weight", r"heads.\1.weight"),
@@ -33,8 +33,8 @@ class LPIPS(nn.Module):
 
     Args:
         weights: the state dict under our names (``features.*`` as in torchvision's VGG16, ``heads.*``, ``shift``,
-            ``scale``). None leaves random features and even heads: a valid distance, not the published one.
-            ``from_pretrained`` gives the published one.
+            ``scale``). None leaves random features and uniform heads; use ``from_pretrained`` for the published
+            distance.
     """
 
     shift: Tensor
@@ -70,10 +70,10 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, lin_weights: str | Path | None = None) -> Self:
-        """Load the published weights, from local files where given, else by download (528 MB, then cached).
+        """Load the published weights from local files, or download them (528 MB, cached).
 
         Args:
-            path: a file with all weights; or torchvision's VGG16 weights alone (``vgg16-397923af.pth``).
+            path: a file with all weights, or with torchvision's VGG16 weights only (``vgg16-397923af.pth``).
             lin_weights: a file with the linear heads (``vgg.pth`` of taming-transformers or richzhang/lpips).
 
         Raises:
@@ -112,7 +112,7 @@ class LPIPS(nn.Module):
         """Return the distance per image, (B,), of two batches (B, 1 or 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: the shapes differ or do not suit VGG16.
+            ValueError: the shapes differ, or VGG16 cannot read them (see ``taps``).
         """
         if images.shape != target.shape:
             raise ValueError(f"images {tuple(images.shape)} and target {tuple(target.shape)} differ in shape")
@@ -138,7 +138,7 @@ def _vgg16_features() -> nn.Sequential:
 
 
 def _normalise(features: Tensor) -> Tensor:
-    # vector_norm has a zero gradient where all channels are zero; sqrt(sum of squares) has NaN there.
+    # Where all channels are zero, the gradient of vector_norm is zero; that of sqrt(sum of squares) would be NaN.
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
@@ -162,13 +162,9 @@ def _download_heads() -> dict[str, Tensor]:
 
 
 def _download(url: str, what: str, option: str) -> dict[str, Tensor]:
-    from vistok.checkpoints import CheckpointError
-
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-        raise CheckpointError(
-            f"the {what} weights could not be fetched from {url}: {error}. Download the file elsewhere and give its "
-            f"local path: losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
-            f"LPIPS.from_pretrained({option}FILE)"
-        ) from error
+    return fetch_weights(
+        url,
+        what,
+        "losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
+        f"LPIPS.from_pretrained({option}FILE)",
+    )

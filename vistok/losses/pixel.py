@@ -14,10 +14,13 @@ class L1(nn.Module):
     """Mean absolute error over all elements."""
 
     def forward(self, reconstruction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ.
+        """Compare two tensors of one shape; returns a scalar.
 
         Args:
-            weight: how much each element counts in the mean; it broadcasts to them.
+            weight: weights of the elements in the mean; it broadcasts to their shape.
+
+        Raises:
+            ValueError: the shapes differ.
         """
         _check_same_shape(reconstruction, target)
         return _mean((reconstruction - target).abs(), weight)
@@ -27,10 +30,13 @@ class L2(nn.Module):
     """Mean squared error over all elements."""
 
     def forward(self, reconstruction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ.
+        """Compare two tensors of one shape; returns a scalar.
 
         Args:
-            weight: how much each element counts in the mean; it broadcasts to them.
+            weight: weights of the elements in the mean; it broadcasts to their shape.
+
+        Raises:
+            ValueError: the shapes differ.
         """
         _check_same_shape(reconstruction, target)
         return _mean((reconstruction - target).square(), weight)
@@ -39,8 +45,8 @@ class L2(nn.Module):
 class LogitLaplace(nn.Module):
     """Negative log-likelihood of squashed pixels under a Laplace distribution in logit space (DALL-E, section A.3).
 
-    A pixel x in [0, 1] is squashed to s in (eps, 1 - eps), so that its logit is finite. The decoder predicts the
-    mean and the log-scale of logit(s); the density of s is exp(-|logit(s) - mean| / b) / (2 b s (1 - s)), b the scale.
+    A pixel x in [0, 1] is mapped to s in [eps, 1 - eps], so that its logit is finite. The decoder predicts the mean and
+    the log of the scale b of logit(s). The density of s is exp(-|logit(s) - mean| / b) / (2 b s (1 - s)).
 
     Args:
         eps: margin of the squashed range, in (0, 0.5); DALL-E uses 0.1.
@@ -61,10 +67,10 @@ class LogitLaplace(nn.Module):
         return ((squashed - self.eps) / (1 - 2 * self.eps)).clamp(0, 1)
 
     def forward(self, mean: Tensor, log_scale: Tensor, target: Tensor) -> Tensor:
-        """Average the negative log-likelihood in nats over all elements.
+        """The negative log-likelihood in nats, averaged over all elements.
 
         Args:
-            mean, log_scale: the prediction in logit space, each of the target's shape.
+            mean, log_scale: the prediction in logit space, each in the shape of the target.
             target: pixels in [0, 1].
 
         Raises:
@@ -84,6 +90,6 @@ def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:
-    # Broadcasting would turn a forgotten axis into a plausible, wrong number.
+    # With broadcasting, a forgotten axis would give a plausible but wrong number.
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")

@@ -1,28 +1,27 @@
-"""A patch discriminator with low-pass filters, and logits on a fixed raster (that of TiTok, arXiv 2406.07550)."""
+"""TiTok's patch discriminator (arXiv 2406.07550): low-pass filters, and logits on a fixed raster."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.losses.discriminators import Discriminator
+from vistok.losses.discriminators import Discriminator, binomial_kernel, low_pass
 from vistok.nn.containers import ModuleList
 
 SLOPE = 0.1
 
 
 class PooledDiscriminator(Discriminator):
-    """A 5x5 convolution; stages that halve the side; the largest features of each cell of a raster; two convolutions.
+    """A 5x5 convolution, stages that halve the side, adaptive max pooling to a raster, and two convolutions.
 
-    A stage is a 3x3 convolution, the filter [1, 3, 3, 1] at every second pixel, group norm and a leaky ReLU.
+    A stage is a 3x3 convolution, the low-pass filter [1, 3, 3, 1] with stride 2, group norm and a leaky ReLU.
 
     Args:
         in_channels: of the images.
         width: channels of the first convolution and of the first stage; doubled per stage, at most 4 times as many.
-        num_stages: stages, each halving the side.
+        num_stages: number of stages, each of which halves the side.
         grid: side of the raster of logits.
         norm_groups: groups of the group norms; must divide the width.
 
@@ -69,15 +68,13 @@ class PooledDiscriminator(Discriminator):
 
 
 class BlurPool(nn.Module):
-    """The low-pass filter [1, 3, 3, 1] in both directions at every second pixel (arXiv 1904.11486)."""
+    """The low-pass filter [1, 3, 3, 1] in both directions, with stride 2 (arXiv 1904.11486)."""
 
     kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+        self.register_buffer("kernel", binomial_kernel(4), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+        return low_pass(x, self.kernel, stride=2, padding=1)

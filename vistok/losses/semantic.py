@@ -1,7 +1,7 @@
-"""The semantic loss of RobusTok and XQ-GAN: the mean of an image's codes tells which image it is.
+"""The semantic loss of RobusTok (arXiv 2509.12474) and XQ-GAN (arXiv 2503.08354).
 
-Papers: arXiv 2509.12474 and 2503.08354. The partner of the codes is the class feature of a frozen vision transformer;
-matched pairs are told from the other pairs of the batch, as in CLIP (arXiv 2103.00020).
+It contrasts the mean of an image's codes with the class feature of a frozen vision transformer for the same image;
+the other images of the batch are the negatives, as in CLIP (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.losses.alignment import EncoderConfig, load_encoder
-from vistok.utils.processes import group_size
+from vistok.utils.imagenet import MEAN, STD
 
 
 class SemanticGuide(nn.Module):
-    """The class feature of a frozen vision transformer of timm, for images of its own size.
+    """The class feature of a frozen vision transformer of timm; images are resized to the transformer's size.
 
     Args:
         encoder: the transformer; it is frozen and stays in evaluation mode.
-        mean, std: of the colours that it was trained on; ImageNet's if None.
+        mean, std: for the normalisation of pixels in [0, 1]; ImageNet's if None.
     """
 
     encoder: Any  # timm's models do not declare their attributes
@@ -31,19 +31,20 @@ class SemanticGuide(nn.Module):
     def __init__(self, encoder: nn.Module, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
-        statistics = {"mean": mean or (0.485, 0.456, 0.406), "std": std or (0.229, 0.224, 0.225)}
+        statistics = {"mean": mean or MEAN, "std": std or STD}
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
-    def from_config(cls, config: EncoderConfig, patch_size: int | None = None) -> Self:
-        """The pretrained transformer of ``config``; raises as ``Alignment`` does.
+    def from_config(cls, config: EncoderConfig, patch_size: int | None = None, *, option: str = "weights") -> Self:
+        """Build the pretrained transformer of ``config``; raises what ``load_encoder`` raises.
 
         Args:
-            patch_size: side of its patches; None for the model's own. timm resamples its kernel to another one.
+            patch_size: side of its patches; None for the model's own. timm resamples the kernel to another size.
+            option: the config key of a local weights file, for messages.
         """
         arguments: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
-        encoder: Any = load_encoder(config, "losses.semantic_encoder.weights", **arguments)
+        encoder: Any = load_encoder(config, option, **arguments)
         return cls(encoder, *(tuple(encoder.pretrained_cfg[key]) for key in ("mean", "std")))
 
     @property
@@ -52,7 +53,7 @@ class SemanticGuide(nn.Module):
         return self.encoder.num_features
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -63,33 +64,3 @@ class SemanticGuide(nn.Module):
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False)
         return self.encoder.forward_features(pixels)[:, 0]
-
-
-def contrastive_loss(features: Tensor, partners: Tensor, scale: float = 1.0, normalise: bool = False) -> Tensor:
-    """Mean cross entropy of finding each one's partner, and the other way round, in the batch of all processes.
-
-    Args:
-        features, partners: (B, D); row i of the one belongs to row i of the other.
-        scale: factor of the inner products.
-        normalise: compare l2-normalised vectors.
-
-    Raises:
-        ValueError: unlike shapes.
-    """
-    if features.shape != partners.shape:
-        raise ValueError(f"features {tuple(features.shape)} and partners {tuple(partners.shape)} differ in shape")
-    features, partners = (_of_all_processes(values.float()) for values in (features, partners))
-    if normalise:
-        features, partners = F.normalize(features, dim=-1), F.normalize(partners, dim=-1)
-    logits = scale * features @ partners.T
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def _of_all_processes(values: Tensor) -> Tensor:
-    """(W B, D) of all W processes, with a gradient to each one's own."""
-    if group_size() == 1:
-        return values
-    import torch.distributed.nn.functional
-
-    return torch.cat(distributed.nn.functional.all_gather(values))

@@ -1,4 +1,4 @@
-"""A vision transformer over the patches of a clip as discriminator: one logit per clip.
+"""A vision transformer over the patches of a clip as a discriminator, with one logit per clip.
 
 LARP (arXiv 2410.21264), github.com/hywang66/LARP (MIT).
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from vistok.losses.discriminators import Discriminator
+from vistok.nn.initialisation import xavier_uniform
 from vistok.nn.positions import FixedClipPositions
 from vistok.nn.vit import ViTBlock
 from vistok.utils.sides import image_sides
@@ -29,7 +30,7 @@ class ViTDiscriminator(Discriminator):
         norm_eps: eps of the blocks' LayerNorms.
 
     Raises:
-        ValueError: sizes that patches do not divide.
+        ValueError: the sizes are not multiples of the patches.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ViTDiscriminator(Discriminator):
         if any(side % size for side, size in zip(sides, patch)):
             raise ValueError(f"clips of {sides} (frames, height, width) are no multiple of patches of {patch}")
         grid = num_frames // temporal_patch_size, height // patch_size, width // patch_size
-        self.input_shape = (in_channels, *sides)
+        self.in_channels, self.input_shape = in_channels, (in_channels, *sides)
         self.to_patches = nn.Conv3d(in_channels, dim, patch, patch)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
         self.positions = FixedClipPositions(grid, dim)
@@ -60,7 +61,7 @@ class ViTDiscriminator(Discriminator):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, 1)
-        self.apply(initialise)
+        self.apply(xavier_uniform)
         nn.init.xavier_uniform_(self.class_token)
         if spectral_norm:
             for module in list(self.modules()):
@@ -87,11 +88,3 @@ class ViTDiscriminator(Discriminator):
         patches = patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2])
         x = torch.cat([self.class_token.expand(len(clips), -1, -1), patches], 1)  # (B, 1 + t * h * w, D)
         return self.output(self.norm(self.blocks(x)[:, 0])).squeeze(1)
-
-
-def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights (the patch convolution flattened to two dimensions) and no biases, as LARP has them."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

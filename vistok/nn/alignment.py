@@ -1,7 +1,7 @@
 """The training-only head that maps a model's features to those of a frozen encoder.
 
-REPA: Representation Alignment for Generation (Yu et al., arXiv 2410.06940). Tokenizers whose released files hold such a
-head have it inside; the loss itself is ``losses.alignment``.
+REPA: Representation Alignment for Generation (Yu et al., arXiv 2410.06940). Tokenizers whose released files include the
+head own it; the loss itself is ``losses.alignment``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vistok.types import as_dataclass
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """A head for the loss "repa". What is None is the system's own.
+    """A head for the loss "repa". None takes the default of the model.
 
     Attributes:
         dim: channels of the frozen encoder: 768 for DINOv2-B, 1024 for DINOv2-L.
-        layer: which features are read; each system says how it counts.
-        num_layers, hidden_dim: linear layers of the head, and their width.
+        layer: the layer whose features the head reads; each model says how it counts.
+        num_layers, hidden_dim: number of linear layers of the head, and width of the hidden ones.
     """
 
     dim: int | None = None
@@ -32,14 +32,14 @@ class AlignmentConfig:
     hidden_dim: int | None = None
 
     def tap(self, layers: range) -> int:
-        """The layer whose features are read. Raises ValueError if it is none of ``layers``."""
+        """The layer whose features the head reads. Raises ValueError if it is not among ``layers``."""
         if self.layer is None or self.layer not in layers:
             raise ValueError(f"alignment.layer must lie in {layers.start}..{layers.stop - 1}, got {self.layer}")
         return self.layer
 
     @classmethod
     def filled(cls, given: Self | Mapping[str, Any] | None, **own: int) -> Self | None:
-        """A given config with a system's ``own`` values where it says None; None if there is to be no head."""
+        """The ``given`` config with the model's ``own`` values in place of None; None for no head."""
         if given is None:
             return None
         values = asdict(as_dataclass(cls, given))
@@ -63,7 +63,7 @@ class AlignmentHead(nn.Sequential):
 
     @classmethod
     def of(cls, dim: int, config: AlignmentConfig) -> Self:
-        """The head of a config that leaves nothing open. Raises ValueError for one without a width."""
+        """Build the head of a complete config. Raises ValueError if ``dim`` or ``hidden_dim`` is None."""
         if config.hidden_dim is None or config.dim is None:
             raise ValueError(f"an alignment head needs dim and hidden_dim, got {config}")
         return cls(dim, config.hidden_dim, config.dim, config.num_layers)

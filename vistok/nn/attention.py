@@ -14,7 +14,7 @@ from vistok.nn.flex import FlexMask, LiveKeys
 from vistok.nn.rotary import Rotation, rotate
 
 Mask = Tensor | FlexMask | LiveKeys
-"""Bool, broadcastable to (B, H, N, keys), True where attention is allowed; or a rule."""
+"""Bool, broadcastable to (B, H, N, keys), True where attention is allowed; or a rule (``vistok.nn.flex``)."""
 
 
 class LayerCache(Protocol):
@@ -25,7 +25,7 @@ class LayerCache(Protocol):
 
 
 class GrowingCache:
-    """The keys and values of one layer, for a sequence whose length is not known: it grows with every call."""
+    """The keys and values of one layer, for a sequence of unknown length: the cache grows with every call."""
 
     def __init__(self) -> None:
         self._seen: tuple[Tensor, Tensor] | None = None
@@ -40,13 +40,13 @@ class GrowingCache:
 
 
 class Attention(nn.Module):
-    """Self-attention over (B, N, D) with one fused projection, its rows ordered query, key, value.
+    """Self-attention over (B, N, D) with one fused projection, whose rows are ordered query, key, value.
 
     Args:
         dim: width D.
         num_heads: number of heads H.
-        num_kv_heads: heads of keys and values, each for as many heads of queries that follow each other
-            (arXiv 2305.13245); must divide H. None for H.
+        num_kv_heads: heads of keys and values (grouped-query attention, arXiv 2305.13245); must divide H. Consecutive
+            query heads share one. None is H.
         head_dim: channels h of a head; ``dim // num_heads`` if None.
         qkv_bias, out_bias: whether the projections have biases.
         qk_norm: builds the norm of queries and of keys, each over ``head_dim``; None is no norm.
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None and self.num_kv_heads == self.num_heads:
-            q, k = rotate(torch.stack([q, k]), rotation)  # in half as many operations, which count for a single token
+            q, k = rotate(torch.stack([q, k]), rotation)  # half as many operations: faster for a single token
         elif rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
@@ -112,11 +112,11 @@ class Attention(nn.Module):
         if self.num_kv_heads != self.num_heads:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for x in (k, v))
         dropout = self.attn_drop if self.training else 0.0
-        return self.proj_drop(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
+        return self.proj_drop(self.out(attend(q, k, v, mask=mask, causal=causal, dropout=dropout, scale=self.scale)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, h), keys and values (B, num_kv_heads, N, h) of x (B, N, D)."""
-        # In plain views, which cost a third of einops' where x is a single token.
+        # Plain views instead of einops, which takes three times as long for a single token.
         if self.num_kv_heads == self.num_heads:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
             return q, k, v
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
     """Attention from x (B, N, D) to a context (B, M, D), with one projection for queries and one for keys and values.
 
     Args:
-        dim: width D of both.
+        dim: width D of x and of the context.
         num_heads: number of heads.
         qk_norm: as in ``Attention``.
     """
@@ -143,20 +143,21 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = (qk_norm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, *, rotation: Rotation | None = None) -> Tensor:
-        """Attend from x to all of the context; ``rotation`` is applied to the queries alone."""
+        """Attend from x (B, N, D) to all of the context (B, M, D); ``rotation`` applies only to the queries."""
         q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads))
         k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.num_heads)
         if rotation is not None:
             q = rotate(q, rotation)
-        return self.out(attend(q, self.k_norm(k), v, None, False))
+        return self.out(attend(q, self.k_norm(k), v))
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | None,
-    causal: bool,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
@@ -169,7 +170,7 @@ def attend(
         raise ValueError(f"{q.shape[2]} causal queries over {k.shape[2]} keys need an explicit mask")
     options: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale}
     if q.device.type == "cpu" and q.requires_grad and torch.is_autocast_enabled("cpu"):
-        # The backward pass of the processor's bfloat16 kernel takes several times as long as in float32.
+        # On CPUs the backward pass of the bfloat16 kernel takes several times as long as that in float32.
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     elif q.dtype != k.dtype:  # a cache may be more precise

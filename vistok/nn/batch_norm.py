@@ -9,9 +9,10 @@ from vistok.utils.processes import group_size, sum_over_group
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, but in training the statistics are those of the batches of all processes together.
+    """torch's BatchNorm2d, except that in training the statistics are taken over the batches of all processes.
 
-    So several processes go through the numbers of one. (torch.nn.SyncBatchNorm does not run on a CPU.)
+    Several processes thus compute what one process computes on the whole batch. (torch.nn.SyncBatchNorm does not run on
+    a CPU.)
     """
 
     momentum: float
@@ -33,7 +34,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics."""
+        """Update the running statistics."""
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance, self.momentum)

@@ -1,4 +1,4 @@
-"""Convolutions of clips that never look ahead: MAGVIT-v2 (Yu et al., arXiv 2310.05737), section 3.2."""
+"""Causal 3D convolutions of clips: MAGVIT-v2 (Yu et al., arXiv 2310.05737), section 3.2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution (B, C, T, H, W) -> (B, C', T', H', W') whose frame t sees the frames up to t.
+    """A convolution (B, C, T, H, W) -> (B, C', T', H', W') that is causal in time: no output depends on later frames.
 
-    Before the first frame there are zeros. ``padding`` is that of height and width.
+    Time is padded with zeros before the first frame. ``padding`` applies to height and width.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class CausalDownsample(nn.Module):
-    """Halve the sides, and with ``in_time`` T to (T + 1) / 2, by a strided convolution."""
+    """Halve the sides with a strided convolution; with ``in_time``, an odd T becomes (T + 1) / 2."""
 
     def __init__(self, channels: int, *, in_time: bool):
         super().__init__()
@@ -44,10 +44,10 @@ class CausalDownsample(nn.Module):
 
 
 class CausalDepthToSpace(nn.Module):
-    """Double the sides, and with ``in_time`` T to 2 T - 1, by moving channels onto them, after a convolution.
+    """Convolve, then double the sides by moving channels into space; with ``in_time``, T becomes 2 T - 1.
 
-    Channels are in the order (time, row, column, channel). Of the two frames that the first one becomes, the second is
-    dropped: a clip begins with a frame that stands for itself.
+    Channels are in the order (time, row, column, channel). The first frame yields two, of which the second is dropped:
+    the first step in time stands for a single frame.
     """
 
     def __init__(self, channels: int, *, in_time: bool):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         def __iter__(self) -> Iterator[Layer]: ...
 
     class Sequential(nn.Sequential):
-        """Layers of several types, which whoever reads one by its number knows."""
+        """Layers of several types; a layer read by its index has the type Any."""
 
         def __getitem__(self, idx: int | slice) -> Any: ...
 

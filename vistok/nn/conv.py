@@ -1,9 +1,9 @@
 """The convolutional autoencoder of VQGAN (Esser et al., arXiv 2012.09841), as LlamaGen and latent diffusion use it.
 
 Group norm, SiLU, residual blocks of two 3x3 convolutions, single-head attention over all pixels where the map is
-smallest; every level but the deepest halves the side. MAGVIT-v2 (arXiv 2310.05737) and after it GigaTok (arXiv
-2504.08736) leave attention out, upsample by depth to space, and let the decoder's input set the scale of every level's
-norm.
+smallest; every level but the deepest halves the sides. MAGVIT-v2 (arXiv 2310.05737), and after it GigaTok (arXiv
+2504.08736), leave attention out, upsample by depth to space, and begin every level of the decoder with a norm whose
+scale and shift are computed from the decoder's input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ Padding = Literal["after", "around"]
 ConvKind = type[nn.Conv2d] | type[CausalConv3d]
 """The convolutions of an autoencoder of images, or of clips."""
 Resample = Callable[[int, int], nn.Module]
-"""Builds what ends a level, from the number of the level (0 is the finest) and its width."""
+"""Builds the module that ends a level, from the number of the level (0 is the finest) and its width."""
+
+
+def check_groups(channels: int, groups: int) -> None:
+    """Raise ValueError unless the groups of a group norm divide the channels."""
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels cannot be split into {groups} groups for group norm; take channels that are "
+            "multiples of norm_groups, or a smaller norm_groups"
+        )
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -33,18 +42,14 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     Raises:
         ValueError: the groups do not divide the channels.
     """
-    if channels % groups:
-        raise ValueError(
-            f"{channels} channels cannot be split into {groups} groups for group norm; take channels that are "
-            "multiples of norm_groups, or a smaller norm_groups"
-        )
+    check_groups(channels, groups)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
+    """Residual block of two pre-norm 3x3 convolutions: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    ``bias`` is that of all convolutions, and ``conv`` their kind.
+    ``bias`` and ``conv``, the class, apply to all convolutions.
     """
 
     def __init__(
@@ -93,8 +98,8 @@ class AttnBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve the sides with a strided convolution: (B, C, h, w) -> (B, C, h / 2, w / 2).
 
-    ``padding`` is where zeros go: "after" is at the right and the bottom only, as in VQGAN, "around" on all sides, as
-    in MAGVIT-v2. They differ by a shift of the grid.
+    ``padding`` says where zeros are added: "after" only at the right and the bottom, as in VQGAN, "around" on all
+    sides, as in MAGVIT-v2. They differ by a shift of the grid.
     """
 
     def __init__(self, channels: int, padding: Padding = "after"):
@@ -120,7 +125,7 @@ class Upsample(nn.Module):
 
 
 class DepthToSpace(nn.Module):
-    """Double the sides by moving channels onto them, after a convolution: (B, C, h, w) -> (B, C, 2h, 2w).
+    """Convolve, then double the sides by moving channels into space: (B, C, h, w) -> (B, C, 2h, 2w).
 
     Of the 4 C channels of the convolution, number (2 i + j) C + c goes to row i and column j of the 2x2 pixels of
     channel c (the DCR order of ONNX; ``pixel_shuffle`` has another).
@@ -199,20 +204,20 @@ class ConvEncoder(nn.Module):
     """Pixels (B, C, H, W) to a map (B, out_channels, H / s, W / s) with s = 2 ** (levels - 1).
 
     Args:
-        in_channels, out_channels: of the pixels and of the map.
+        in_channels, out_channels: channels of the pixels and of the map.
         channels: base width.
         channel_mult: the width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level.
         norm_groups: groups of all group norms; must divide every width.
         dropout: inside the residual blocks, in training.
         attend: attention over all pixels, in the deepest level and in the middle.
-        attention_levels: the levels with attention, 0 the finest, in place of the deepest.
-        middle_blocks: residual blocks in the middle; attention, if there is any, follows the first.
-        bias: whether the residual blocks' convolutions and the first of all have biases.
+        attention_levels: levels (0 is the finest) with attention, in place of the deepest.
+        middle_blocks: residual blocks in the middle; attention, if any, follows the first.
+        bias: whether the first convolution and those of the residual blocks have biases.
         padding: of the strided convolutions, see ``Downsample``.
         out_kernel: side of the last convolution, 1 or 3.
-        conv: the kind of all convolutions.
-        resample: what ends all levels but the deepest; None is ``Downsample``.
+        conv: class of all convolutions.
+        resample: builds the module that ends every level but the deepest; None is ``Downsample``.
 
     Raises:
         ValueError: attention in a level that does not exist, widths that norm_groups does not divide, or an unknown
@@ -276,12 +281,12 @@ class ConvDecoder(nn.Module):
         in_channels, out_channels, channels, channel_mult, norm_groups, dropout, attend, attention_levels,
             middle_blocks: as in ConvEncoder.
         res_blocks: residual blocks per level of the encoder.
-        extra_blocks: how many more a level of the decoder has.
+        extra_blocks: additional residual blocks per level of the decoder.
         bias: whether the residual blocks' convolutions have biases.
-        upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and spreads channels.
+        upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and moves channels into space.
         conv: as in ConvEncoder.
-        resample: what ends all levels but the finest, in place of ``upsample``.
-        adaptive_norm: each level begins with a norm whose scale and shift are read from the decoder's input
+        resample: builds the module that ends every level but the finest, in place of ``upsample``.
+        adaptive_norm: begin each level with a norm whose scale and shift are computed from the decoder's input
             (``AdaptiveGroupNorm``).
 
     Raises:
@@ -342,11 +347,11 @@ class ConvDecoder(nn.Module):
         return self.finish(self.begin(latents), latents)
 
     def begin(self, latents: Tensor) -> Tensor:
-        """The deepest features, as fine as the map: (B, in_channels, h, w) to (B, widest, h, w)."""
+        """Latents (B, in_channels, h, w) to features (B, widest, h, w) at the same resolution."""
         return self.middle(self.conv_in(latents))
 
     def finish(self, x: Tensor, latents: Tensor) -> Tensor:
-        """The deepest features of a map to its pixels."""
+        """Features of ``begin`` to pixels; adaptive norms read the ``latents``."""
         for i, level in enumerate(self.levels):
             x = level(x if self.styles is None else self.styles[i](x, latents))
         return self.conv_out(F.silu(self.norm_out(x)))

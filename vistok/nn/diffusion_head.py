@@ -1,13 +1,13 @@
-"""The small network that denoises continuous tokens one by one (MAR, arXiv 2406.11838, section 3.3)."""
+"""The MLP that denoises single continuous tokens (MAR, arXiv 2406.11838, section 3.3)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.containers import ModuleList, Sequential
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP, GatedMLP
-from vistok.nn.modulation import modulate
+from vistok.nn.modulation import modulate, modulation
 from vistok.nn.timesteps import TimestepEmbedding
 
 
@@ -18,7 +18,7 @@ class HeadBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, 1e-6)
         self.mlp = MLP(dim, dim, F.silu) if gated_dim is None else GatedMLP(dim, gated_dim, F.silu)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.modulation = modulation(dim, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, -1)
@@ -30,11 +30,11 @@ class DiffusionHead(nn.Module):
 
     Args:
         token_dim: channels d of a token.
-        condition_dim: channels of the vectors that it is conditioned on.
+        condition_dim: channels of the conditioning vectors.
         dim: width W.
         num_layers: residual blocks.
-        output_dim: what it predicts; None is 2d, noise, then variance values.
-        gated_dim: hidden width of gated feed-forwards in the blocks; None has plain ones of width W.
+        output_dim: channels of the prediction; None is 2d, noise and then variance values.
+        gated_dim: hidden width of gated feed-forwards in the blocks; None uses plain ones of hidden width W.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DiffusionHead(nn.Module):
         self.input = nn.Linear(token_dim, dim)
         self.blocks = ModuleList(HeadBlock(dim, gated_dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
-        self.modulation = Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.modulation = modulation(dim, 2)
         self.output = nn.Linear(dim, 2 * token_dim if output_dim is None else output_dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class DiffusionHead(nn.Module):
 
         Args:
             x: (M, d) noisy tokens.
-            t: (M,) timesteps, or (1,) for one that all share.
-            condition: (M, W), what the layer ``condition`` makes of the conditioning vectors.
+            t: (M,) timesteps, or (1,) for all tokens.
+            condition: (M, W), the conditioning vectors after the layer ``condition``.
         """
         y = self.time_embedding(t) + condition
         x = self.input(x)
@@ -72,7 +72,8 @@ class DiffusionHead(nn.Module):
         return self.output(modulate(self.norm(x), shift, scale))
 
     def initialise(self) -> None:
-        """Blocks start as the identity, and the output at zero."""
+        """Normal weights in the time embedding, zero ones in modulations and output. If the caller has zeroed the
+        biases, blocks start as the identity, and the output at zero."""
         for layer in (self.time_embedding.mlp[0], self.time_embedding.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation[1] for block in self.blocks), self.modulation[1], self.output):

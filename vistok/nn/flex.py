@@ -1,6 +1,6 @@
 """Masks given by a rule instead of a tensor: FlexAttention skips the blocks that the rule excludes.
 
-Made for GPUs, where a dense mask costs memory and forbids the fused kernels. It knows no dropout.
+Made for GPUs, where a dense mask costs memory and rules out the fused kernels. Dropout is not supported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FEWEST_CHANNELS = 16
-"""Heads with fewer are not compiled for GPUs."""
+"""Heads with fewer channels are not compiled for GPUs."""
 
 QUERIES_PER_BLOCK, KEYS_PER_BLOCK = 128, 64
 
@@ -33,14 +33,14 @@ class FlexMask:
 
 
 class LiveKeys(NamedTuple):
-    """The mask of a single query over a static cache: it sees the keys up to its own position. Unlike with a mask in a
-    tensor, later keys are not read at all. For code that is compiled as a whole.
+    """The mask of a single query over a static cache: it attends to the keys up to its own position. Unlike with a
+    dense mask, later keys are not read at all. For use inside compiled code.
 
     Attributes:
         last: (1,) int64, position of the query.
-        num_blocks: (1, 1, 1) int32, how many blocks of ``KEYS_PER_BLOCK`` keys hold what it sees.
-        blocks: (1, 1, 1, N) int32, the numbers of all blocks.
-        visible: bool (B or 1, 1, 1, L), which of the L keys are seen at all; None is every one.
+        num_blocks: (1, 1, 1) int32, the number of blocks of ``KEYS_PER_BLOCK`` keys up to ``last``.
+        blocks: (1, 1, 1, N) int32, the indices of all blocks.
+        visible: bool (B or 1, 1, 1, L), which of the L keys may be attended to; None is all.
     """
 
     last: Tensor
@@ -70,13 +70,13 @@ class LiveKeys(NamedTuple):
             BLOCK_SIZE=(QUERIES_PER_BLOCK, KEYS_PER_BLOCK),
             mask_mod=seen,
             seq_lengths=(1, k.shape[2]),
-            compute_q_blocks=False,  # of the backward pass
+            compute_q_blocks=False,  # only the backward pass needs them
         )
         return flex_attention(q, k, v, block_mask=mask, scale=scale)
 
 
 def block_causal(group_of: Tensor) -> FlexMask:
-    """Each position sees its own group and all groups before it; ``group_of`` (L,) counts upwards."""
+    """Each position attends to its own group and all groups before it; ``group_of`` (L,) holds their numbers."""
     return FlexMask(lambda b, h, query, key: group_of[query] >= group_of[key], len(group_of), group_of.device)
 
 
@@ -84,6 +84,6 @@ def block_causal(group_of: Tensor) -> FlexMask:
 def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it computes the dense matrix: right, but only good for comparison.
+    # Uncompiled, it computes the dense matrix: correct, but slow.
     attention: Callable[..., Any] = flex_attention
     return torch.compile(attention) if compiled else attention

@@ -8,8 +8,8 @@ from torch import nn
 
 
 class Frozen:
-    """Holds a network that is never trained. It does not appear among the submodules of the module that has it, and
-    copies of that module share it."""
+    """Holds a network that is never trained. It is no submodule of its owner, so it is not saved; deep copies of the
+    owner share it."""
 
     def __init__(self, network: nn.Module):
         self.network: Any = network.eval().requires_grad_(False)

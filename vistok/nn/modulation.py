@@ -1,4 +1,4 @@
-"""Adaptive layer norm (DiT, arXiv 2212.09748): what a condition does to normalised activations."""
+"""Adaptive layer norm (DiT, arXiv 2212.09748): scale and shift of normalised activations by a condition."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def modulation(dim: int, parts: int) -> Sequential:
-    """What a condition (..., D) is turned into: ``parts`` vectors (..., parts D)."""
+    """A layer, SiLU and linear, from a condition (..., D) to ``parts`` vectors (..., parts D)."""
     return Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 class FinalModulation(nn.Module):
-    """The norm before the logits, without weights of its own: scale and shift are the condition's.
+    """The layer norm before the output, whose scale and shift come from a condition.
 
     Args:
         dim: width D.
@@ -31,6 +31,6 @@ class FinalModulation(nn.Module):
         self.modulation = modulation(dim, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, N, D) with a condition (B, N, D), or (B, 1, D) for all positions."""
-        scale, shift = self.modulation(condition).chunk(2, -1)  # in this order, unlike in most blocks
+        """Normalise and modulate x (B, N, D) by a condition (B, N, D), or (B, 1, D) for all positions."""
+        scale, shift = self.modulation(condition).chunk(2, -1)  # scale first, unlike in most blocks
         return modulate(self.norm(x), shift, scale)

@@ -13,19 +13,19 @@ from vistok.nn.mlp import SwiGLU
 
 
 class MixtureOfExperts(nn.Module):
-    """Gated feed-forwards (SiLU, no biases), of which a router chooses some for each token: (B, N, D) -> same.
+    """A router chooses some of the experts, gated feed-forwards (SiLU, no biases), for each token: (B, N, D) -> same.
 
     Args:
         dim: width D.
         hidden_dim: hidden width of an expert.
         num_experts: experts E to choose from.
-        experts_per_token: how many k are chosen, those of the highest probability.
-        num_shared_experts: further ones that see every token; they are one layer of so many times the hidden width.
-        renormalise: whether the probabilities of the chosen ones are divided by their sum.
-        num_routers: routers that share the experts; each token has one of them.
+        experts_per_token: number k of chosen experts, those of the highest probability.
+        num_shared_experts: further experts, which process every token, built as one layer of that many hidden widths.
+        renormalise: whether the probabilities of the chosen experts are divided by their sum.
+        num_routers: 1, or 2 routers over the same experts; ``forward`` is told which tokens the second one routes.
 
     Raises:
-        ValueError: more experts per token than there are.
+        ValueError: more experts per token than there are, or a number of routers other than 1 and 2.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"experts_per_token must lie in 1..{num_experts}, got {experts_per_token}")
+        if num_routers not in (1, 2):
+            raise ValueError(f"num_routers must be 1 or 2, got {num_routers}")
         self.experts_per_token, self.renormalise = experts_per_token, renormalise
         self.routers = ModuleList(nn.Linear(dim, num_experts, bias=False) for _ in range(num_routers))
         self.gate, self.up = (nn.Parameter(torch.empty(num_experts, hidden_dim, dim)) for _ in range(2))
@@ -52,7 +54,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
 
     def route(self, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights (..., k), in float32, and numbers (..., k) of the experts of tokens (..., D).
+        """Weights (..., k), in float32, and indices (..., k) of the experts of tokens (..., D).
 
         Args:
             second: (...,) bool, True for the tokens of the second router; None for none.
@@ -64,7 +66,7 @@ class MixtureOfExperts(nn.Module):
         return (weights / weights.sum(-1, keepdim=True) if self.renormalise else weights), chosen
 
     def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
-        """``second`` is that of ``route``."""
+        """``second`` is as in ``route``."""
         tokens = x.flatten(0, -2)  # (M, D)
         weights, chosen = self.route(tokens, None if second is None else second.flatten())
         few = chosen.numel() <= 4 * len(self.gate)
@@ -72,14 +74,14 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared is None else out + self.shared(x)
 
     def _gathered(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The experts' outputs for few tokens: each gets copies of its experts' weights, and the host waits for
-        nothing."""
+        """The experts' outputs for few tokens: gathers the experts' weights for each token, without synchronising
+        with the device."""
         gate = torch.einsum("mkhd,md->mkh", self.gate[chosen], tokens)
         up = torch.einsum("mkhd,md->mkh", self.up[chosen], tokens)
         return torch.einsum("mkdh,mkh,mk->md", self.down[chosen], F.silu(gate) * up, weights)
 
     def _sorted(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The experts' outputs for many tokens, sorted by expert; the host waits once, for how many each has."""
+        """The experts' outputs for many tokens, sorted by expert; synchronises once, to read the number per expert."""
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.gate)).tolist()
         source = order // self.experts_per_token

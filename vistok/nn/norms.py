@@ -1,4 +1,4 @@
-"""Normalisation layers that torch lacks, or has with other numerics."""
+"""Normalisation layers that torch does not have, or has with other numerics."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class RMSNorm(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift are read from a style map: (B, C, h, w) -> (B, C, h, w), or of clips.
+    """Group norm whose scale and shift come from a style map: (B, C, h, w) -> (B, C, h, w), or (B, C, t, h, w) -> same.
 
-    scale = gamma(sqrt(var + eps)) and shift = beta(mean), mean and unbiased variance being those of the style's
-    channels over its area. The output is norm(x) * scale + shift.
+    The output is norm(x) * scale + shift, with scale = gamma(sqrt(var + eps)) and shift = beta(mean): mean and unbiased
+    variance of each channel of the style over its positions.
 
     Args:
         channels: C.
-        style_channels: channels of the style (B, S, h', w').
-        groups: groups of the norm, which has no weights of its own; they must divide C.
-        eps: of the norm and of the deviation.
+        style_channels: channels S of the style (B, S, h', w').
+        groups: groups of the norm, which has no weights of its own; must divide C.
+        eps: of the norm and of the standard deviation.
     """
 
     def __init__(self, channels: int, style_channels: int, groups: int = 32, eps: float = 1e-6):

@@ -44,7 +44,7 @@ def sincos_3d(grid: tuple[int, int, int], dim: int) -> Tensor:
 
 
 class FixedClipPositions(nn.Module):
-    """``sincos_3d`` of the cells of a clip, of which a shorter clip takes the first.
+    """A fixed table, ``sincos_3d``, of the cells of a clip. Shorter clips use its first rows.
 
     Args:
         grid: (t, h, w) cells.
@@ -64,7 +64,7 @@ class FixedClipPositions(nn.Module):
 
 
 class LearnedClipPositions(nn.Module):
-    """A learned vector for each time, row and column, added up. They start as ``sincos_1d``.
+    """The sum of a learned vector for each time, row and column. The vectors start as ``sincos_1d``.
 
     Args:
         grid: (t, h, w) cells.
@@ -84,10 +84,13 @@ class LearnedClipPositions(nn.Module):
 
 
 def resized_grid(table: Tensor, own: tuple[int, int], grid: tuple[int, int], *, offset: float) -> Tensor:
-    """A learned table (1, h * w, D) of the cells of a grid ``own``, for another grid: (1, h' * w', D).
+    """Resize a learned table (1, h * w, D) of the grid ``own`` to another grid: (1, h' * w', D).
 
-    Bicubic, in float32. Sampling points lie as if the other grid had ``offset`` more rows and columns, as DINO
-    (arXiv 2104.14294) has it; ``offset`` 0 is plain resizing. The same grid leaves the table as it is.
+    Bicubic, in float32. Sampling points lie as if the other grid had ``offset`` more rows and columns, as in DINO
+    (arXiv 2104.14294); ``offset`` 0 is plain resizing. For the same grid the table is returned unchanged.
+
+    Raises:
+        ValueError: ``offset`` is so large that the result has another size than the grid.
     """
     if own == grid:
         return table

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 Positions = slice | Tensor
-"""Consecutive positions as a slice, or any as an index tensor, (N,) of all samples or (B, N), which compiled graphs can
-read anew each time."""
+"""A slice of consecutive positions, or an index tensor of any: (N,) for all samples, or (B, N). Compiled graphs can
+read a tensor anew at each call."""
 
 
 class Rotation(NamedTuple):
@@ -28,9 +28,9 @@ class Rotation(NamedTuple):
 
 
 class FixedRotation(nn.Module):
-    """A rotation that moves with its model from device to device, but stays float32 when the model is cast.
+    """Rotary tables that follow their model to its device, but stay float32 when the model is cast.
 
-    It is not saved. In bfloat16 the angles of neighbouring positions would round to one another.
+    They are not saved. In bfloat16 the angles of neighbouring positions would round to the same value.
     """
 
     cos: Tensor
@@ -86,6 +86,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     if torch.compiler.is_compiling():  # compilers fuse real products, but not complex ones
         even, odd = pairs.unbind(-1)
         rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-    else:  # one product instead of six: what counts for a single token
+    else:  # one operation instead of six: faster for a single token
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return rotated.flatten(-2).type_as(x)

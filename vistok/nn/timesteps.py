@@ -11,11 +11,15 @@ from vistok.nn.containers import Sequential
 
 
 def timestep_features(t: Tensor, dim: int, *, scale: float = 1.0, base: float = 10000.0) -> Tensor:
-    """Times (B,) to [cos(t f), sin(t f)] (B, dim), float32, with frequencies f_k = scale base^(-k / (dim / 2))."""
+    """Times (B,) to [cos(t f), sin(t f)] (B, dim), float32, with frequencies f_k = scale base^(-k / (dim / 2)).
+
+    Raises:
+        ValueError: an odd ``dim``.
+    """
     if dim % 2:
-        raise ValueError(f"time features need an even number of frequencies, got {dim}")
+        raise ValueError(f"time features need an even number of features, got {dim}")
     half = dim // 2
-    # The phase is some hundreds of radians: the order of these roundings is that of the reference implementations.
+    # Phases reach hundreds of radians, where rounding shows: the order of operations is that of the references.
     frequencies = torch.exp(-math.log(base) * torch.arange(half, dtype=torch.float32, device=t.device) / half) * scale
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import check_least
 from vistok.nn.attention import Attention, LayerCache
 from vistok.nn.mlp import MLP, GatedMLP, two_thirds
+from vistok.signatures import check_least
 
 FeedForward = Literal["gelu", "swiglu"]
 
@@ -35,10 +35,11 @@ class TransformerSize:
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for whole samples, in training, and scales the others up (arXiv 1603.09382).
+    """Stochastic depth: in training, drops a residual branch for whole samples, and scales up the others
+    (arXiv 1603.09382).
 
     Args:
-        rate: share of the samples whose branch is left out, in [0, 1).
+        rate: share of the samples whose branch is dropped, in [0, 1).
     """
 
     def __init__(self, rate: float):
@@ -70,14 +71,14 @@ class ViTBlock(nn.Module):
 
     Args:
         dim: width D.
-        num_heads: heads; they divide dim.
+        num_heads: heads; must divide dim.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
-        feed_forward: "gelu" has one hidden layer with exact GELU; "swiglu" a gated one with biases, of two thirds of
-            that width, rounded up to a multiple of 8.
+        feed_forward: "gelu" has one hidden layer with exact GELU; "swiglu" has a gated one with biases and two thirds
+            of that width, rounded up to a multiple of 8.
         eps: of the layer norms.
         qkv_bias: whether queries, keys and values have biases.
         layer_scale: first value of the learned factors of both branches; None leaves them out.
-        drop_path: share of samples whose branch is left out in training.
+        drop_path: share of samples whose branch is dropped in training.
         attn_drop, proj_drop: dropout of the attention weights, and of the outputs of attention and feed-forward.
     """
 

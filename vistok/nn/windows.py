@@ -8,13 +8,16 @@ from torch import Tensor
 
 
 def window_members(length: int, grid: tuple[int, ...] | None, size: int, what: str = "windows") -> Tensor:
-    """The raster indices (L / s^2, s^2) of the tokens of every window of s x s, both in raster order.
+    """The raster indices (L / s^2, s^2) of the tokens of every window of s x s; windows and tokens in raster order.
 
     Args:
+        length: number of tokens L.
+        grid: (h, w) of the tokens; not read if ``size`` is 1.
+        size: side s of a window.
         what: the name of the size in messages.
 
     Raises:
-        ValueError: a size below 1, a grid that the size does not divide, or tokens on no (h, w) grid.
+        ValueError: a size below 1, a grid that the size does not divide, or tokens that do not lie on an (h, w) grid.
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, got {size!r}")

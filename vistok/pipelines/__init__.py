@@ -1,4 +1,4 @@
-"""Tokenizer and generator as one object, its folder, its class names, and what runs and samples are on disk."""
+"""Pipelines: a tokenizer and a generator as one object, with its folder, class names, chats and samples."""
 
 from vistok.pipelines.assembly import assemble, pipeline
 from vistok.pipelines.chat import Chat, Message

@@ -1,4 +1,4 @@
-"""Pipelines by name: saved ones, runs, checkpoints of runs, and a tokenizer and a generator from wherever they come."""
+"""Opens pipelines: from a saved folder, a run, a checkpoint of a run, or a tokenizer and a generator given apart."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Pipeline:
-    """Load a pipeline; or put one together: ``vistok.pipeline(tokenizer, generator)``.
+    """Load a pipeline, or combine a tokenizer and a generator: ``vistok.pipeline(tokenizer, generator)``.
 
     Args:
         source: a pipeline's folder or hub id, a generator's run or one of its checkpoints (RUN/checkpoints/step-N), or
             the id of an official generator, whose tokenizer is fetched with it. With ``generator``: a tokenizer, as
             ``vistok.load`` takes it.
-        generator: the same of a generator.
+        generator: a generator, as ``vistok.load`` takes it.
         device: None takes a GPU if there is one.
-        dtype: of all weights and computation, as torch has it or "fp32", "bf16" or "fp16"; None keeps that of the
+        dtype: of all weights and computation: a ``torch.dtype``, "fp32", "bf16" or "fp16"; None keeps that of the
             saved weights.
 
     Raises:
-        CheckpointError: nothing there, no whole pipeline, or damaged weights.
-        ValueError: parts that do not fit each other, an unknown dtype, or a device that is not there.
+        CheckpointError: nothing is found, the pipeline is incomplete, or weights are damaged.
+        ValueError: the parts do not fit each other, the dtype is unknown, or the device is not available.
     """
     source = local(source)
     if generator is not None:
@@ -55,7 +55,7 @@ def pipeline(
 
 
 def _official(source: str | Path) -> OfficialCheckpoint | None:
-    """The released file of that id; None if there is none."""
+    """The official checkpoint with the id ``source``; None if there is none."""
     official = None if Path(source).exists() else find_official(str(source))
     return None if official is None else official[1]
 
@@ -69,22 +69,23 @@ def assemble(
     text_encoder: str | None = None,
     clean_texts: bool = False,
 ) -> Pipeline:
-    """A pipeline of two parts, each a saved or converted model, a run, a checkpoint of a run, or a hub id.
+    """Combine a tokenizer and a generator, each a saved or converted model, a run, a checkpoint of a run, or a hub id.
 
-    Class names, sampling options and text encoders are those of the generator's run, if it is one; a released
-    generator of text features has the text encoder that its authors used, which the first prompt opens.
+    If the generator belongs to a run, the run's class names, sampling options and text encoders are used. An official
+    generator of text features gets the text encoder that its authors used; the first prompt loads that encoder.
 
     Args:
-        class_names: in place of the generator's.
+        class_names: names that replace the generator's.
         sampling: default options that differ from the generator's.
-        text_encoder: what reads prompts, of a generator of text features that does not say it: a Hugging Face folder or
-            name.
-        clean_texts: clean prompts first, as LlamaGen does.
+        text_encoder: Hugging Face folder or name of the text encoder, for a generator of text features that records
+            none.
+        clean_texts: clean prompts before they are encoded, as LlamaGen does; needs ``text_encoder``.
 
     Raises:
-        CheckpointError: nothing there, damaged weights, or another kind of model.
-        ValueError: the generator models other tokens than the tokenizer's, takes no text features or others than the
-            text encoder makes, or was trained with another one.
+        CheckpointError: nothing is found, weights are damaged, or a part is another kind of model.
+        ValueError: the generator models other tokens than the tokenizer makes; it takes no text features, takes other
+            features than the text encoder makes, or was trained with another encoder; or ``clean_texts`` lacks a
+            ``text_encoder``.
     """
     tokenizer, generator = local(tokenizer), local(generator)
     home = home_of(generator)
@@ -104,7 +105,7 @@ def assemble(
 
 
 def _read_by(name: str, clean: bool, spec: ConditionSpec, trained: PromptEncoder) -> PromptEncoder:
-    """The text encoder of that name, for a generator that takes ``spec`` and was trained with another or with none."""
+    """Open the text encoder ``name`` and check it against ``spec`` and the encoders that the generator records."""
     if spec.features is None:
         raise ValueError(f"this generator takes {spec.describe()}, not the features of a text encoder")
     prompts = PromptEncoder([open_text_encoder(name, spec.features.length, clean=clean)])

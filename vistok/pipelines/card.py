@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vistok.checkpoints import registry
+from vistok.eval.record import RESULT_FILE
+from vistok.eval.report import best_run
 from vistok.pipelines.display import describe, describe_tokens
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.utils.files import read_json
@@ -23,8 +25,6 @@ TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"
 SHOWN_CLASSES = 40
 WITHOUT_LICENCE = "No licence was given by who uploaded it; ask before you use it."
-RESULT = "result.json"
-"""What `vistok benchmark` and `vistok eval` write."""
 
 
 def model_card(
@@ -39,12 +39,13 @@ def model_card(
 
     Args:
         licence: of the weights, by its short name on the hub, such as "apache-2.0".
-        scores: by name; or the folder of a benchmark, or a result.json, whose best setting counts.
-        run: the training run, whose config.yaml the card holds.
+        scores: values by name; or a benchmark's folder or result.json, of which the setting with the lowest distance
+            counts.
+        run: the training run whose config.yaml the card quotes.
 
     Raises:
-        FileNotFoundError: ``run`` or ``scores`` names a folder without what is read there.
-        ValueError: a result.json without scores.
+        FileNotFoundError: the folder ``run`` has no config.yaml, or the folder ``scores`` no result.json.
+        ValueError: the result.json holds no scores.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -90,10 +91,12 @@ def push_to_hub(pipe: Pipeline, repo_id: str, card: ModelCard, *, private: bool,
     return f"https://huggingface.co/{repo_id}"
 
 
-def _task(pipe: Pipeline) -> str:
-    """The hub's word for what it does."""
-    made = "video" if len(pipe.tokenizer.input_shape) == 4 else "image"
-    return f"text-to-{made}" if pipe.text.parts else f"unconditional-{made}-generation"
+def _task(pipe: Pipeline) -> str | None:
+    """The pipeline tag of the hub; None for clips without texts, for which it has no tag."""
+    of_clips = len(pipe.tokenizer.input_shape) == 4
+    if pipe.text.parts:
+        return "text-to-video" if of_clips else "text-to-image"
+    return None if of_clips else "unconditional-image-generation"
 
 
 def _call(pipe: Pipeline) -> str:
@@ -112,12 +115,13 @@ def _scores(scores: Mapping[str, float] | str | Path | None) -> tuple[Mapping[st
     if scores is None or isinstance(scores, Mapping):
         return scores or {}, "As given by who uploaded it."
     path = Path(scores)
-    path = path / RESULT if path.is_dir() else path
+    path = path / RESULT_FILE if path.is_dir() else path
     result = read_json(path)
     runs = result.get("runs", [result]) if isinstance(result, dict) else []
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) and _is_scored(run) for run in runs):
         raise ValueError(f"{path} holds no scores of vistok benchmark or vistok eval")
-    best = min(runs, key=_fid)
+    found = best_run(runs)
+    best = runs[0 if found is None else found[0]]
     settings = {name: best[name] for name in ("guidance_scale", "temperature") if best.get(name) is not None}
     how = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
     count, against = (best.get(side, {}).get(fact) for side, fact in (("images", "count"), ("reference", "source")))
@@ -126,11 +130,6 @@ def _scores(scores: Mapping[str, float] | str | Path | None) -> tuple[Mapping[st
     return values, f"Protocol {result.get('protocol', 'unknown')}, {number}" + (
         f" against {against}" if against else ""
     ) + (f", {how}." if how else ".")
-
-
-def _fid(run: Mapping[str, Any]) -> float:
-    fid = run["scores"].get("fid")
-    return math.inf if fid is None else fid
 
 
 def _is_scored(run: Mapping[str, Any]) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 from vistok.conditions import WORDS
 from vistok.data.movies import shown
 from vistok.draws import Keys
-from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
@@ -28,15 +28,16 @@ MAX_TOKENS = 64
 
 @dataclass(frozen=True)
 class Message:
-    """What was said in one turn.
+    """One turn of a conversation: a text, an image, or both.
 
     Attributes:
-        role: ``human`` or ``assistant``, who is the model.
+        role: ``human``, or ``assistant`` for the model.
         text: None for an image alone.
         image: None for a text alone.
 
     Raises:
-        ValueError: an unknown role, or neither a text nor an image.
+        ValueError: the role is unknown, a value has the wrong type, the message is empty, or a reply of the assistant
+            has both a text and an image.
     """
 
     role: Role
@@ -60,24 +61,26 @@ class Message:
 
 
 class Chat:
-    """A conversation with a model, which replies in text or with an image. Nothing is read twice.
+    """A conversation with a model that replies with a text or an image. The model reads each message once.
 
     Args:
-        pipe: of a generator that writes texts and images.
-        history: what was said before: messages, or mappings with their fields.
-        seed: of the images; the same conversation with the same seed gives the same ones.
+        pipe: a pipeline whose generator writes texts and images.
+        history: earlier messages, also as mappings with the fields of ``Message``.
+        seed: of the images; the same conversation with the same seed gives the same images.
 
     Attributes:
-        messages: what was said so far.
+        messages: all messages so far. If a reply fails, its question is not among them, and the conversation is over:
+            the model has read the question. Go on with a new conversation of these messages.
 
     Raises:
-        ValueError: a generator that writes no texts, an unknown role, messages of one role in a row, or a history that
-            does not fit the model.
+        ValueError: the generator writes no texts, a role is unknown, two messages in a row have the same role, or the
+            history does not fit the model.
     """
 
     def __init__(self, pipe: Pipeline, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0):
         self._pipe, self._seed = pipe, seed
         self.messages: list[Message] = []
+        self._is_over = False
         self._session = pipe.generator.converse(1, pipe.options(), tokenizer=pipe.in_loop)
         for entry in history:
             self._recall(entry if isinstance(entry, Message) else _message(entry))
@@ -92,18 +95,18 @@ class Chat:
         max_tokens: int = MAX_TOKENS,
         **sampling: Any,
     ) -> Message:
-        """Say something, and get the model's reply.
+        """Add a message of the human, and return the model's reply.
 
         Args:
-            text, image: what is said, or shown, or both.
-            reply: None lets the model choose.
-            max_tokens: of a text.
-            **sampling: options of ``generator.options_type`` for an image, in place of the pipeline's.
+            text, image: the content of the message, one or both.
+            reply: kind of the reply; None lets the model choose.
+            max_tokens: the most tokens of a text.
+            **sampling: options of ``generator.options_type`` for an image; they override the pipeline's.
 
         Raises:
-            ValueError: nothing said, an image to a model that reads none, a text without a text tokenizer, or no room
-                left in the context.
-            ConfigError: an unknown option.
+            ValueError: the message is empty, the model reads no images, the pipeline has no text tokenizer, the context
+                is full, or an earlier reply failed.
+            ConfigError: an option is unknown.
         """
         if reply not in (None, "text", "image"):
             raise ValueError(f"a reply is 'text' or 'image', or None for what the model chooses; got {reply!r}")
@@ -111,16 +114,27 @@ class Chat:
         if reply == "image" and text is None and image is None:
             raise ValueError("say what to draw")
         pipe, said, options = self._pipe, Message(HUMAN, text, image), self._pipe.options(**sampling)
-        self._ask(said)
+        if self._is_over:
+            raise ValueError(
+                "the last reply failed after the model had read its question, so this conversation is over; go on with "
+                "pipe.chat(chat.messages)"
+            )
+        self._is_over = True  # until there is a reply
+        try:
+            self._ask(said)
+        except ValueError:  # refused, and nothing of it was read
+            self._is_over = False
+            raise
         if reply is None:
             reply = "image" if bool(self._session.wants_image()) else "text"
         if reply == "text":
-            answer = Message(ASSISTANT, texts(pipe, self._session.write(max_tokens))[0])
+            answer = Message(ASSISTANT, decode_texts(pipe, self._session.write(max_tokens))[0])
         else:
             keys = Keys.range(self._seed, 1, len(self.messages) // 2)
             tokens = self._session.draw(options, pipe.generator.sampling_draws(keys, options))
             answer = Message(ASSISTANT, image=shown(pipe.decode(tokens, keys))[0])
         self.messages += [said, answer]
+        self._is_over = False
         return answer
 
     def _ask(self, message: Message) -> None:
@@ -135,12 +149,12 @@ class Chat:
         elif not self.messages or self.messages[-1].role == ASSISTANT:
             raise ValueError("a reply of the assistant comes after something that the human said")
         elif message.image is not None:
-            self._session.show(self._pipe.tokens_of([message.image]))
+            self._session.append_image(self._pipe.tokens_of([message.image]))
         else:
             generator = self._pipe.generator
             ids = self._pipe.text.condition([message.text]).parts["ids"]
             words = [*ids.values[0][ids.valid()[0]].tolist(), generator.end]
-            self._session.tell(torch.tensor([words], device=self._pipe.device))
+            self._session.append_text(torch.tensor([words], device=self._pipe.device))
         self.messages.append(message)
 
 
@@ -157,7 +171,7 @@ def _message(values: Mapping[str, Any]) -> Message:
 def captions(
     pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
 ) -> list[str]:
-    """What the model says of each image, asked a question or nothing."""
+    """Describe each image in words, or answer ``question`` about it."""
     check_whole("max_tokens", max_tokens, least=1)
     check_whole("batch_size", batch_size, least=1)
     pipe.generator.check_writes()
@@ -165,15 +179,15 @@ def captions(
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         condition = asked(pipe, question, part).to(pipe.device)
-        said += texts(pipe, pipe.generator.describe(condition, max_tokens, tokenizer=pipe.in_loop))
+        said += decode_texts(pipe, pipe.generator.describe(condition, max_tokens, tokenizer=pipe.in_loop))
     return said
 
 
 def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tensor | None) -> Condition:
-    """The condition of a text, images, or both; the text is the same for all.
+    """The condition of a text, images, or both; the same text goes with every image.
 
     Raises:
-        ValueError: images to a model that reads none, or a text without a text tokenizer.
+        ValueError: the model reads no images, or the pipeline has no text tokenizer.
     """
     spec, parts, rows = pipe.generator.condition_spec, [], 1 if images is None else len(images)
     if images is not None:
@@ -191,7 +205,7 @@ def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tens
 
 
 def _given(tokens: Tensor, length: int) -> Condition:
-    """The condition of images (B, N, ...), padded on the left to the most tokens that a model reads of one."""
+    """The condition of images' tokens (B, N, ...), padded on the left to ``length``, the most that the model reads."""
     missing = length - tokens.shape[1]
     if missing < 0:
         raise ValueError(
@@ -206,8 +220,8 @@ def _given(tokens: Tensor, length: int) -> Condition:
     )
 
 
-def texts(pipe: Pipeline, ids: Tensor) -> list[str]:
-    """What was written (B, n), up to the end mark, without other marks."""
+def decode_texts(pipe: Pipeline, ids: Tensor) -> list[str]:
+    """The texts of written ids (B, n), each up to the end token and without special tokens."""
     spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, list[str]()
     if spec is None:
         raise ValueError("this generator has no vocabulary of texts")

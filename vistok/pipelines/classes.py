@@ -6,16 +6,16 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex, cast
 
-from vistok.config import suggestion
+from vistok.utils.spelling import suggestion
 
 ClassLabel = SupportsIndex | str
 """A class: its id (int, or an integer scalar of NumPy or torch), or its name."""
 
 
 class ClassNames:
-    """The classes of a generator, and how a user may call them.
+    """The classes of a generator, which users give by id or by name.
 
-    A name is compared without regard to case. ImageNet's names list synonyms ("tench, Tinca tinca"); each of them is a
+    Names are compared without regard to case. ImageNet's names list synonyms ("tench, Tinca tinca"); each synonym is a
     name of the class. A string of digits that is no name is an id, as on the command line.
 
     Args:
@@ -23,7 +23,7 @@ class ClassNames:
         names: their names in the order of the ids; empty if they have none.
 
     Raises:
-        ValueError: another number of names than classes.
+        ValueError: the number of names differs from ``count``.
     """
 
     def __init__(self, count: int, names: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""How pipelines and their outputs show themselves, in a notebook and at a prompt."""
+"""Display of pipelines and their outputs, in notebooks and at a Python prompt."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
 
 MOST_COLUMNS = 16
-"""Classes that get a column each, at most."""
+"""The most classes that get a column each."""
 MOST_SHOWN = 64
-"""Images that a notebook shows of an output."""
+"""The most images of an output that a notebook shows."""
 MOVIES = 8
-"""Clips that a notebook plays of an output."""
+"""The most clips of an output that a notebook plays."""
 
 
 class Shown:
-    """What has images, shown as a grid: ``images``, and ``names``, the class or prompt of each, or None."""
+    """Base of outputs that have ``images``; shows them as a grid, labelled by ``names``."""
 
     images: list[Image.Image] | None
 
     @property
     def names(self) -> list[str] | None:
-        """What each image shows; None where nothing was asked for."""
+        """The class or prompt of each image; None if there are none."""
         return None
 
     def grid(self, scale: float | None = None, columns: int | None = None) -> Image.Image:
@@ -38,10 +38,10 @@ class Shown:
 
         Args:
             scale: pixels of the grid for each pixel of an image; None enlarges small ones by a whole factor.
-            columns: images per row; None gives each class its column where few take turns, else a square.
+            columns: images per row; None gives each class a column if there are few, else makes a square.
 
         Raises:
-            ValueError: there are no images, or a scale that is not above 0.
+            ValueError: there are no images, or ``scale`` is not above 0.
         """
         images = self.images or []
         if scale is not None and not scale > 0:
@@ -55,7 +55,7 @@ class Shown:
         return overview(resized, self.names or (), columns=columns, least=1)
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows."""
+        """The grid of the first images, for notebooks."""
         if not self.images:
             return None
         buffer = io.BytesIO()
@@ -71,19 +71,19 @@ def overview(
     clips: bool = False,
     least: int = LEAST,
 ) -> Image.Image:
-    """Samples in a grid: a column for each class or prompt where few take turns, else a label below each image.
+    """Arrange samples in a grid: a column for each class or prompt if there are few, else a label below each image.
 
     Args:
-        labels: of the images, and of those that follow them.
-        columns: images per row; None chooses.
-        clips: whether the images are frames in a row, which lie below each other.
+        labels: of the images, in order; surplus ones are ignored.
+        columns: images per row; None chooses by the labels.
+        clips: whether each image is a row of frames; these rows are stacked.
         least: as in ``sheet``.
     """
     labels = labels[: len(images)]
     turns = len(set(labels))
     if clips:
         return sheet(images, 1, row_labels=labels, least=least)
-    # Classes that take turns, or that follow each other in runs of one length.
+    # Each class gets a column if classes alternate (0 1 0 1) or come in runs of equal length (0 0 1 1).
     runs = len(images) // turns if turns and len(images) % turns == 0 else 0
     if columns is None and 1 < turns <= MOST_COLUMNS:
         if all(label == labels[index % turns] for index, label in enumerate(labels)):
@@ -135,7 +135,7 @@ def _pixels(shape: Sequence[int]) -> str:
 
 
 def _takes(pipe: Pipeline) -> str:
-    """What it is conditioned on."""
+    """What the generator is conditioned on."""
     spec, names = pipe.generator.condition_spec, pipe.class_names
     taken = []
     if spec.num_classes:

@@ -1,4 +1,4 @@
-"""What `vistok eval` does with a tokenizer's run, and with a data set that is to become a reference."""
+"""Scores of tokenizers, generated ids and clips, and reference files, for `vistok eval` and `vistok benchmark`."""
 
 from __future__ import annotations
 
@@ -35,23 +35,25 @@ def score_tokenizer(
     reference: str | None,
     protocol: str | None,
     weights: Path | None,
+    torchscript: bool = False,
     lpips_weights: Path | None,
     batch_size: int,
     device: str | None,
     processes: Processes,
     allowed: Allowed = NOTHING,
 ) -> dict[str, Any]:
-    """Score a tokenizer on the test split of its data, or on others.
+    """Score a tokenizer on the test split of its data, or on other images.
 
     Args:
         overrides: ``data.key=value`` texts; for a tokenizer that decodes with texts also ``text.key=value``.
         reference: folder or .zip of other images.
+        torchscript: see ``load_clip_network``.
         allowed: what the overrides may do.
         protocol: None for PSNR and SSIM, with rFID if ``weights`` are given; "reconstruction" with rFID in any case;
             "perturbation" for pFID.
 
     Raises:
-        ValueError: another protocol, or statistics in place of images.
+        ValueError: the protocol is not one for this tokenizer, or ``reference`` holds statistics instead of images.
     """
     if protocol not in (None, PAIRS, PERTURBATION) and not is_video_protocol(protocol):
         raise ValueError(f"a tokenizer is scored by the protocol {PAIRS} or {PERTURBATION}, not by {protocol!r}")
@@ -64,17 +66,19 @@ def score_tokenizer(
     overrides = [f"data.batch_size={batch_size}", *(item for item in overrides if item not in of_text)]
     data = data_of_run(run, overrides, input_shape=tokenizer.input_shape, split="test", allowed=allowed)
     if len(tokenizer.input_shape) == 4:
-        return _score_clip_tokenizer(tokenizer, data, protocol, weights, lpips_weights, processes)
+        return _score_clip_tokenizer(tokenizer, data, protocol, weights, torchscript, lpips_weights, processes)
+    if torchscript:
+        raise ValueError(f"{run} is a tokenizer of images; TorchScript weights are of a network of clips")
     if is_video_protocol(protocol):
         raise ValueError(f"{run} is a tokenizer of images; the protocol {protocol} is of clips")
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
-    told: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
+    given: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
     if protocol == PERTURBATION and network is not None:
-        result = evaluate_perturbation(tokenizer, data, network, **told)
+        result = evaluate_perturbation(tokenizer, data, network, **given)
     else:
-        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
+        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **given)
     if tokenizer.condition_spec.features is not None:
         result["tokenizer"]["text"] = None if text is None else asdict(text)
     return result
@@ -99,16 +103,18 @@ def _score_clip_tokenizer(
     data: DataConfig,
     protocol: str | None,
     weights: Path | None,
+    torchscript: bool,
     lpips_weights: Path | None,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Reconstructions of clips: with a protocol of clips, or weights of I3D, also by their Frechet video distance."""
+    """Score reconstructions of clips; given a video protocol or I3D weights, also by their Frechet video distance."""
     from vistok.eval.clips import evaluate_clip_tokenizer, load_clip_network
 
     if protocol == PERTURBATION:
         raise ValueError("the protocol perturbation is of images; clips are scored by protocols of clips")
     where, by_name = tokenizer.device, protocol is not None and is_video_protocol(protocol)
-    network = load_clip_network(weights, device=where) if by_name or weights is not None else None
+    scored = by_name or weights is not None or torchscript
+    network = load_clip_network(weights, torchscript=torchscript, device=where) if scored else None
     lpips = open_lpips(lpips_weights)
     return evaluate_clip_tokenizer(
         tokenizer,
@@ -126,6 +132,7 @@ def score_clips(
     *,
     protocol: str,
     weights: Path | None,
+    torchscript: bool = False,
     batch_size: int,
     device: str | None,
     processes: Processes,
@@ -135,7 +142,7 @@ def score_clips(
 
     where = processes.device() if device is None else choose_device(device)
     stored = all(Path(side).suffix == STATISTICS for side in (generated, reference))
-    network = None if stored else load_clip_network(weights, device=where)
+    network = None if stored else load_clip_network(weights, torchscript=torchscript, device=where)
     return evaluate_clips(
         generated, reference, protocol=protocol, network=network, batch_size=batch_size, processes=processes
     )
@@ -147,6 +154,7 @@ def measure_clips(
     *,
     reference: str | None,
     weights: Path | None,
+    torchscript: bool = False,
     device: str | None,
     processes: Processes,
     **options: Any,
@@ -158,7 +166,7 @@ def measure_clips(
     if reference is None:
         raise ValueError("clips are scored against real ones: name a folder, a list, or statistics with --reference")
     where = processes.device() if device is None else choose_device(device)
-    network = load_clip_network(weights, device=where)
+    network = load_clip_network(weights, torchscript=torchscript, device=where)
     return benchmark_clips(pipe, out, reference=reference, network=network, processes=processes, **options)
 
 
@@ -174,7 +182,7 @@ def make_reference_file(
     device: str | None,
     processes: Processes,
 ) -> Provenance:
-    """Make a reference for a protocol; returns what the file tells of itself."""
+    """Make a reference for a protocol; returns the file's provenance."""
     where = processes.device() if device is None else choose_device(device)
     rules = choose_protocol(protocol, None, None)
     network = load_network(rules, weights=weights, device=where)
@@ -188,7 +196,7 @@ def open_lpips(weights: Path | None) -> LPIPS | None:
 
 
 def _check_images(reference: str) -> str:
-    """Refuse statistics where images are needed: with the reason, where they are of training images."""
+    """Return ``reference`` unless it is a file of statistics; then raise ValueError, since images are needed."""
     if Path(reference).suffix != ".npz":
         return reference
     open_reference(reference).check_held_out()

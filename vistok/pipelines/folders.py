@@ -1,6 +1,6 @@
 """The folder of a pipeline: ``tokenizer/``, ``generator/``, and ``pipeline.json`` with class names and default options.
 
-The run folder of a trained generator is one; that of a tokenizer is its first part.
+The run folder of a trained generator is a pipeline folder; that of a tokenizer has ``tokenizer/`` only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vistok.utils.paths import local
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
-"""What a run folder holds as well if it validates: the same of its best step."""
+"""Folder in the run of a training that validates: the same files as in the run, from the best step."""
 
 
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ def write_pipeline(
     """Write a pipeline folder as a whole, or not at all; an older pipeline there is replaced.
 
     Raises:
-        FileExistsError: the folder holds something else, such as a training run.
+        FileExistsError: the folder holds other files, such as those of a training run.
     """
     folder = Path(folder)
     present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
@@ -59,7 +59,7 @@ def pipeline_folder(path: str | Path) -> Path:
     """The local folder of a pipeline, fetched from the hub if need be.
 
     Raises:
-        CheckpointError: nothing there, or no whole pipeline.
+        CheckpointError: nothing is found, or the pipeline is incomplete.
     """
     path = local(path)
     folder = Path(path)
@@ -83,7 +83,7 @@ def pipeline_folder(path: str | Path) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What ``write_settings`` wrote, as arguments of a pipeline.
+    """Read ``pipeline.json``; returns ``class_names`` and ``sampling``, which are arguments of ``Pipeline``.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -102,10 +102,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def load_part(folder: Path, part: str, kind: type[Any]) -> Any:
-    """The model in ``folder / part``.
+    """Load the model in ``folder / part``.
 
     Raises:
-        CheckpointError: damaged weights, or another kind of model.
+        CheckpointError: weights are damaged, or the model is not a ``kind``.
     """
     model = load(folder / part)
     if not isinstance(model, kind):
@@ -114,11 +114,11 @@ def load_part(folder: Path, part: str, kind: type[Any]) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, of a checkpoint of
-    a run, or of a hub id.
+    """Load a tokenizer: from a model folder, a run or pipeline (its ``tokenizer/``), a token cache, a checkpoint of a
+    run, or a hub id.
 
     Raises:
-        CheckpointError: nothing there, damaged weights, or another kind of model.
+        CheckpointError: nothing is found, weights are damaged, or the model is a generator.
     """
     path = local(path)
     inner = Path(path) / TOKENIZER
@@ -131,11 +131,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_generator(path: str | Path) -> Generator:
-    """The generator of a model folder, of a run or pipeline (its ``generator/``), of a checkpoint of a run, or of a hub
+    """Load a generator: from a model folder, a run or pipeline (its ``generator/``), a checkpoint of a run, or a hub
     id.
 
     Raises:
-        CheckpointError: nothing there, damaged weights, or another kind of model.
+        CheckpointError: nothing is found, weights are damaged, or the model is a tokenizer.
     """
     model = load(path)
     if not isinstance(model, Generator):
@@ -144,8 +144,8 @@ def load_generator(path: str | Path) -> Generator:
 
 
 def home_of(path: str | Path) -> Path | None:
-    """The folder with the ``pipeline.json`` that a generator belongs to: a run, of which ``path`` may be the generator
-    or a checkpoint. None if there is none."""
+    """The folder whose ``pipeline.json`` belongs to the generator at ``path``: ``path`` itself, or the run of which
+    ``path`` is ``generator/`` or a checkpoint. None if there is no such folder."""
     path = Path(path)
     homes = [path]
     if path.name == GENERATOR:

@@ -1,7 +1,7 @@
-"""Generation for people: a tokenizer, a generator, class names and default sampling options, as one object.
+"""``Pipeline``: a tokenizer, a generator, class names and default sampling options as one object.
 
-A pipeline is a folder with ``tokenizer/``, ``generator/`` and ``pipeline.json``; the run folder of a trained generator
-is one.
+On disk a pipeline is a folder with ``tokenizer/``, ``generator/`` and ``pipeline.json``. The run folder of a trained
+generator is such a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vistok.config import check
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
@@ -39,6 +38,7 @@ from vistok.pipelines.renderers import Renderer
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
+from vistok.signatures import check
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -54,10 +54,10 @@ class Pipeline:
         tokenizer, generator: they must agree on the tokens.
         class_names: in the order of the ids; by default those that the generator has itself, if any.
         sampling: default options, by the names of ``generator.options_type``.
-        text: what turns prompts into conditions of the generator; without encoders there are no prompts.
+        text: turns prompts into conditions of the generator; without encoders the pipeline takes no prompts.
 
     Attributes:
-        renderer: makes the images where the tokenizer decodes to embeddings; to be set before images are made.
+        renderer: renders images if the tokenizer decodes to embeddings; set it before the first call.
 
     Raises:
         ValueError: the generator models other tokens than the tokenizer's, has another number of classes, or takes
@@ -66,7 +66,7 @@ class Pipeline:
     """
 
     source: Path | None = None
-    """The folder that it was loaded from."""
+    """The folder that the pipeline was loaded from."""
     renderer: Renderer | None = None
 
     def __init__(
@@ -118,11 +118,13 @@ class Pipeline:
         return self
 
     def compile(self) -> Self:
-        """Sample with compiled steps from now on, on a CUDA device as one graph launch per token; returns the pipeline
-        itself. The first images of a batch size take longer, and on a CPU the others do, too.
+        """Sample with compiled steps from now on; returns the pipeline itself.
+
+        On a CUDA device each token is then one graph launch. The first images of each batch size take longer; on a CPU
+        all images take longer.
 
         Raises:
-            ValueError: a generator without compiled decoding.
+            ValueError: the generator has no compiled decoding.
         """
         self.generator.compile_decoding()
         return self
@@ -135,12 +137,12 @@ class Pipeline:
 
         Args:
             device: None takes a GPU if there is one.
-            dtype: of all weights and computation, as torch has it or "fp32", "bf16" or "fp16"; None keeps that of the
+            dtype: of all weights and computation: a ``torch.dtype``, "fp32", "bf16" or "fp16"; None keeps that of the
                 saved weights.
 
         Raises:
-            CheckpointError: nothing there, no whole pipeline, or damaged weights.
-            ValueError: an unknown dtype, or a device that is not there.
+            CheckpointError: nothing is found, the pipeline is incomplete, or weights are damaged.
+            ValueError: the dtype is unknown, or the device is not available.
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
@@ -154,7 +156,7 @@ class Pipeline:
         """Write the pipeline folder as a whole, or not at all; an older pipeline there is replaced.
 
         Raises:
-            FileExistsError: the folder holds something else, such as a training run.
+            FileExistsError: the folder holds other files, such as those of a training run.
         """
         parts = {TOKENIZER: self.tokenizer, GENERATOR: self.generator}
         write_pipeline(folder, parts, self.text, class_names=self.class_names, sampling=self.sampling)
@@ -174,8 +176,8 @@ class Pipeline:
         Args:
             license, scores, run: for the card; see ``vistok.pipelines.card.model_card``. ``run`` is by default the run
                 that the pipeline was loaded from.
-            private: whether a new repository is.
-            token: of the hub; by default the one that is logged in.
+            private: whether a repository that does not exist yet is made private.
+            token: access token of the hub; by default that of the logged-in user.
 
         Raises:
             FileNotFoundError, ValueError: as ``model_card``.
@@ -185,10 +187,10 @@ class Pipeline:
         return push_to_hub(self, repo_id, card, private=private, token=token)
 
     def options(self, **sampling: Any) -> Any:
-        """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others.
+        """The options of a call, as a ``generator.options_type``: ``sampling``, and ``self.sampling`` for the others.
 
         Raises:
-            ValueError: an unknown option, a value out of range, or one that has no effect with the chosen decoding.
+            ValueError: an option is unknown, out of range, or without effect under the chosen decoding.
         """
         options_type = self.generator.options_type
         options = options_type(**check(options_type, {**self.sampling, **sampling}, ""))
@@ -217,48 +219,48 @@ class Pipeline:
     ) -> PipelineOutput:
         """Generate images, or clips.
 
-        Image i depends on the seed, on ``index_start + i``, its condition and the options alone, not on how many are
-        made together.
+        Image i depends only on the seed, on ``index_start + i``, its condition and the options, not on the batch size.
 
         Args:
             class_labels: classes by id or by name, one or several.
             num_images_per_label: images of each class (or row of ``condition``), one after another.
-            prompt: instead of classes, or beside them where the generator takes both: texts, one or several; None
-                among them is unconditional.
-            negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each.
+            prompt: instead of classes, or with them if the generator takes both: one text or several; None among them
+                is unconditional.
+            negative_prompt: what guidance leads away from, instead of the unconditional prediction: one text, or one
+                per prompt.
             num_images_per_prompt: images of each prompt, one after another.
-            num_images: instead of classes: this many unconditional images.
+            num_images: instead of classes: number of unconditional images.
             frames: instead of classes: the first frames of each clip, as in ``given``.
             condition: instead of classes: any condition that the generator takes.
             seed: None takes 0, or a seed drawn from ``generator``.
             generator: the source of the seed, as in diffusers.
-            index_start: the number of the first image among those of its seed.
+            index_start: the index of the first image; it selects the random draws, together with the seed.
             batch_size: images generated at a time.
             callback_on_step_end: called after each step of a batch; see ``vistok.pipelines.steps.every_step``.
             **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
                 they override ``self.sampling``.
 
         Raises:
-            ValueError: an unknown class, an option out of range, none or several of class_labels, prompt, num_images,
-                frames and condition, or a prompt without a text encoder.
-            ConfigError: an unknown option, or one of the wrong type.
+            ValueError: a class is unknown, an option is out of range, none or several of class_labels, prompt,
+                num_images, frames and condition are given, or the pipeline has no text encoder for a prompt.
+            ConfigError: an option is unknown or has the wrong type.
         """
         if frames is not None:
             if condition is not None:
                 raise ValueError("give frames or condition, not both: frames are a condition")
             condition = self.given(frames)
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
-            num_images,
-            condition,
-            num_images_per_label,
-            num_images_per_prompt,
-            seed,
-            generator,
-            index_start,
-            sampling,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            condition=condition,
+            num_images_per_label=num_images_per_label,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            index_start=index_start,
+            sampling=sampling,
         )
         job = accept(self, self._conditions, self.__call__, request)
 
@@ -285,33 +287,34 @@ class Pipeline:
     ) -> PipelineOutput:
         """Generate a part of each image anew: inpainting, or class-conditional editing if the class is another one.
 
-        A token that the mask touches is generated, the others are kept; what is kept looks as ``reconstruct`` has it.
-        Of tokens in scales, those of the last are, and of smaller ones that lie mostly in the mask (``scale_masks``).
+        Tokens that the mask touches are generated; the others are kept and look as in ``reconstruct``. If tokens lie in
+        scales, this holds for the last scale; in smaller scales tokens mostly inside the mask are generated (see
+        ``scale_masks``).
 
-        Generators that fill in any positions look at all that is kept. Those of one token after another look at what
-        comes before: in a raster above and to the left. They **do not look at what is kept to the right and below**,
-        which the generated part need not meet well; masks that reach the lower right corner lose nothing.
+        Generators that fill in any positions see all kept tokens. Generators of one token after another see only
+        earlier tokens: in a raster those above and to the left. They **do not see kept tokens to the right and
+        below**, so the generated part may not match these. Masks that reach the lower right corner lose nothing.
 
         Args:
             images: as in :meth:`reconstruct`.
-            masks: what is generated. PIL images of the sizes of ``images``, light where it is; or a bool tensor, (H, W)
-                or (B, H, W), of the size that the images have after cropping. One mask serves all images.
+            masks: the part to generate: PIL images of the sizes of ``images``, light in that part; or a bool tensor,
+                (H, W) or (B, H, W), of the size of the images after cropping. A single mask applies to all images.
             class_labels: what to generate: one class for all images, or one for each; None leaves it to the model.
-            prompt, negative_prompt: the same by texts.
+            prompt, negative_prompt: what to generate, by texts.
 
         The others are those of :meth:`__call__`.
 
         Raises:
-            ValueError: a generator that cannot keep tokens (see its ``edit``), masks or classes that do not fit the
-                images, tokens without a place in the image, and as in :meth:`__call__`.
+            ValueError: the generator cannot keep tokens (see its ``edit``), masks or classes do not fit the images,
+                tokens have no place in the image, or as in :meth:`__call__`.
         """
         self.generator.check_edits()
         pixels = self._pixels(images)
         regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             seed=seed,
             generator=generator,
             index_start=index_start,
@@ -345,21 +348,21 @@ class Pipeline:
         """Generate images, all in one batch, and yield previews on the way; arguments as in :meth:`__call__`.
 
         Args:
-            preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
-                prefixes are multiples of.
+            preview_every: positions between two previews; None takes a row of the grid, or the ``prefix_step`` of
+                ordered tokens.
         """
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
-            num_images,
-            condition,
-            num_images_per_label,
-            num_images_per_prompt,
-            seed,
-            generator,
-            index_start,
-            sampling,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            condition=condition,
+            num_images_per_label=num_images_per_label,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            index_start=index_start,
+            sampling=sampling,
         )
         return previews(self, accept(self, self._conditions, self.stream, request), preview_every)
 
@@ -367,11 +370,11 @@ class Pipeline:
         """A conversation: ``chat("draw a seven")``, ``chat("now a three")``, ``chat("what is it?", image)``.
 
         Args:
-            history: what was said before, as messages or as mappings with role, text and image.
+            history: earlier messages, also as mappings with role, text and image.
             seed: of the images.
 
         Raises:
-            ValueError: a generator that writes no texts, or as ``Chat``.
+            ValueError: the generator writes no texts, or as ``Chat``.
         """
         return Chat(self, history, seed=seed)
 
@@ -383,16 +386,16 @@ class Pipeline:
         max_tokens: int = MAX_TOKENS,
         batch_size: int = 64,
     ) -> str | list[str]:
-        """What the model says of images, in words: a text for one image, a list for several.
+        """Describe images in words: a text for one image, a list for several.
 
         Args:
             images: as in :meth:`reconstruct`.
-            question: what it is asked about them.
-            max_tokens: of each text.
+            question: what the model is asked about each image.
+            max_tokens: the most tokens of each text.
 
         Raises:
-            ValueError: a generator that writes no texts or reads no images, a question without a text tokenizer, or
-                texts that do not fit its context.
+            ValueError: the generator writes no texts or reads no images, the pipeline has no text tokenizer for a
+                question, or the texts do not fit the context.
         """
         several = [images] if isinstance(images, Image.Image) else images
         said = captions(self, several, question, max_tokens, batch_size)
@@ -410,25 +413,25 @@ class Pipeline:
 
     @torch.no_grad()
     def given(self, frames: Frames) -> Condition:
-        """The condition of clips that begin with these frames: their tokens, the last frame repeated to a whole clip.
+        """The condition of clips that begin with these frames: tokens of a whole clip, in which the last frame repeats.
 
         Args:
             frames: of one clip uint8 (t, H, W, C), as ``videos[0][:t]``, or a list of images; of several clips uint8
                 (B, t, H, W, C), or float (B, C, t, H, W) in [-1, 1].
 
         Raises:
-            ValueError: a tokenizer of images, other shapes, or more frames than a clip has.
+            ValueError: the tokenizer reads images, the shape is another, or a clip has fewer frames.
         """
         clips = first_frames(self.tokenizer, frames)
         return Condition.from_given(self.tokenizer.encode(self.to_tokenizer(clips)).cpu())
 
     def _pixels(self, images: Images) -> Tensor:
-        """Pixels (B, C, H, W) as they are, or of PIL images."""
+        """Pixels (B, C, H, W) of PIL images; a tensor is returned as it is."""
         return images if isinstance(images, Tensor) else self.tokenizer.preprocess(images).float().cpu()
 
     def to_tokenizer(self, values: Tensor) -> Tensor:
-        """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
-        precision."""
+        """Move pixels, latents or ids to the tokenizer's device, which may differ from the generator's; floats also to
+        its dtype."""
         tokenizer = self.tokenizer
         return values.to(tokenizer.device, tokenizer.dtype if values.is_floating_point() else values.dtype)
 
@@ -437,11 +440,11 @@ class Pipeline:
         return self.tokenizer.encode(self.to_tokenizer(self._pixels(images))).to(self.device)
 
     def decode(self, tokens: Tensor, keys: Keys, condition: Condition | None = None) -> Tensor:
-        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU.
+        """Decode whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU.
 
         Args:
-            keys: of the noise of decoders that draw some.
-            condition: that the tokens were generated with; the tokenizer takes its part of it.
+            keys: for decoders that draw noise.
+            condition: the condition that the tokens were generated with; the tokenizer uses the parts that it takes.
         """
         if self.renderer is not None and self.tokenizer.embeds:
             return self.renderer(self.tokenizer.decode_features(self.to_tokenizer(tokens))).float().clamp(-1, 1).cpu()
@@ -452,16 +455,16 @@ class Pipeline:
 
     @property
     def in_loop(self) -> Tokenizer | None:
-        """The tokenizer, for a generator that has it in its loop."""
+        """The tokenizer if the generator needs it while sampling, else None."""
         return self.tokenizer if self.generator.needs_tokenizer else None
 
     def own_condition(self, condition: Condition) -> Condition | None:
-        """What the tokenizer takes of the generator's condition, on its device."""
+        """The parts of the generator's condition that the tokenizer takes, on the tokenizer's device."""
         own = self.tokenizer.own_condition(condition)
         return None if own is None else own.to(self.tokenizer.device)
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(h, w) of the tokens' places in an image; None if they have none."""
+        """(h, w) of the tokens' raster in an image; None if tokens have no place in it."""
         grid = self._decode_options.get("grid", self.tokenizer.spec.grid)
         return grid if grid is not None and len(grid) == 2 else None

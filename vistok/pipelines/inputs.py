@@ -1,4 +1,4 @@
-"""What users hand to a pipeline beside words, as its tokenizer reads it: the first frames of clips, masks of images."""
+"""Inputs of a pipeline other than classes and texts: the first frames of clips, and masks of images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vistok.data.movies import frames_to_pixels
 from vistok.tokenizers.base import Tokenizer
 
 Images = Image.Image | Sequence[Image.Image] | Tensor
-"""See ``Pipeline.reconstruct``; masks see ``Pipeline.edit``."""
+"""See ``Pipeline.reconstruct``, and for masks ``Pipeline.edit``."""
 
 Frames = np.ndarray | Tensor | Sequence[Image.Image]
 """The first frames of clips; see ``Pipeline.given``."""
 
 
 def first_frames(tokenizer: Tokenizer, frames: Frames) -> Tensor:
-    """Whole clips (B, C, T, H, W) in [-1, 1] that begin with these frames, the last of which is repeated.
+    """Whole clips (B, C, T, H, W) in [-1, 1] that begin with these frames; the last frame is repeated.
 
     Raises:
-        ValueError: a tokenizer of images, other shapes, or more frames than a clip has.
+        ValueError: the tokenizer reads images or no squares, the shape is another, or a clip has fewer frames.
     """
     shape = tokenizer.input_shape
     if len(shape) != 4:
@@ -38,16 +38,16 @@ def first_frames(tokenizer: Tokenizer, frames: Frames) -> Tensor:
 def masked_tokens(
     masks: Images, pixels: Tensor, grid: tuple[int, int] | None, scales: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Which tokens of images a mask covers, (B, L) bool.
+    """(B, L) bool, True for the tokens that the masks touch.
 
     Args:
         masks: as in ``Pipeline.edit``.
         pixels: the images, (B, C, H, W).
-        grid: (h, w) of the tokens' places in an image; None if they have none.
-        scales: of tokens in scales, the grids.
+        grid: (h, w) of the tokens' raster in an image; None if tokens have no place in it.
+        scales: the grids of tokens in scales, else empty.
 
     Raises:
-        ValueError: tokens without a place in the image, or masks that do not fit the images.
+        ValueError: tokens have no place in the image, or masks do not fit the images.
     """
     places = scales[-1] if scales else grid
     if places is None:

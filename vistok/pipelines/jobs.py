@@ -1,4 +1,4 @@
-"""A request of a user, ready for a generator, and its images, batch after batch."""
+"""Jobs: checked requests, and the loop that generates their images batch by batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
-from vistok.pipelines.keywords import check_keywords, check_whole
+from vistok.pipelines.keywords import check_keywords
 from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.requests import Conditions, Request
 from vistok.types import Condition, to_json
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated.
+    """A checked request: what a generator is to generate.
 
     Attributes:
-        condition: of every image, as the generator takes it.
+        condition: a row per image, as the generator takes it.
         options: of the generator's ``options_type``.
         seed, index_start: image i has the draws of ``(seed, index_start + i)``.
-        prompts: the text of each image, if there are texts.
+        prompts: the text of each image; None if there are no texts.
     """
 
     condition: Condition
@@ -41,7 +42,7 @@ class Job:
         return len(self.condition)
 
     def keys(self, rows: slice = slice(None)) -> Keys:
-        """The keys of some images."""
+        """The keys of the images in ``rows``."""
         start, stop, _ = rows.indices(len(self))
         return Keys.range(self.seed, stop - start, self.index_start + start)
 
@@ -49,16 +50,16 @@ class Job:
 def accept(
     pipe: Pipeline, conditions: Conditions, call: Callable[..., Any], request: Request, images: int | None = None
 ) -> Job:
-    """What a call of a pipeline asks for, checked.
+    """Check a request and turn it into a job.
 
     Args:
-        call: the method that was called; its keywords are named in errors.
-        images: how many there are already (an edit), each with one condition; None if the request says how many.
+        call: the method that was called; errors name its keywords.
+        images: number of given images, for an edit; each gets one condition. None if the request gives the number.
 
     Raises:
-        ConfigError: an unknown option, or one of the wrong type.
-        ValueError: as in ``Conditions``, a condition that the generator does not take, or a negative prompt without
-            guidance.
+        ConfigError: an option is unknown or has the wrong type.
+        ValueError: as in ``Conditions``; or the generator does not take the condition, or a negative prompt comes
+            without guidance.
     """
     check_keywords(call, pipe.generator.options_type, request.sampling)
     options = pipe.options(**request.sampling)
@@ -76,14 +77,14 @@ def accept(
 def generate(
     pipe: Pipeline, job: Job, tokens_of: Callable[[slice, Condition, Draws], Tensor], batch_size: int
 ) -> PipelineOutput:
-    """The images of a job.
+    """Generate the images of a job.
 
     Args:
-        tokens_of: generates the tokens of some rows, from their condition and draws.
-        batch_size: rows at a time.
+        tokens_of: function from rows, their condition and their draws to their tokens.
+        batch_size: rows per call of ``tokens_of``.
 
     Raises:
-        ValueError: ``batch_size`` below 1, or a tokenizer that makes no images.
+        ValueError: ``batch_size`` is below 1, or the tokenizer renders no images.
     """
     check_whole("batch_size", batch_size, least=1)
     check_images(pipe)
@@ -96,12 +97,14 @@ def generate(
         pixels.append(pipe.decode(batch, keys, condition))
     whole = torch.cat(pixels)
     labels = None if job.condition.labels is None else job.condition.labels.tolist()
-    names = [pipe.class_names[label] for label in labels] if labels and pipe.class_names else None
+    names: list[str | None] | None = None
+    if labels is not None and pipe.class_names:
+        names = [pipe.class_names[label] if label >= 0 else None for label in labels]  # -1 is unconditional
     return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, job.prompts, names)
 
 
 def check_images(pipe: Pipeline) -> None:
-    """Raise ValueError if nothing makes images of the pipeline's tokens."""
+    """Raise ValueError if the pipeline's tokens cannot be rendered as images."""
     if not pipe.tokenizer.embeds:
         pipe.tokenizer.check_renders("making images")
     elif pipe.renderer is None:

@@ -1,14 +1,13 @@
-"""Keywords of a pipeline's calls: a wrong one is answered with what the call takes."""
+"""Checks of the keywords of a pipeline's calls; errors list what the call takes."""
 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from vistok.config import ConfigError, with_todays_names
+from vistok.signatures import ConfigError, with_todays_names
 from vistok.utils.spelling import did_you_mean, nearest
 
 SYNONYMS = {
@@ -26,7 +25,7 @@ SYNONYMS = {
     "num_inference_steps": "num_steps",
     "callback": "callback_on_step_end",
 }
-"""What other codebases call a keyword."""
+"""Keywords of other codebases, and ours."""
 
 
 def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[str, Any]) -> None:
@@ -34,7 +33,7 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
 
     Args:
         call: a method of a pipeline that takes sampling options as ``**sampling``.
-        given: what came as ``**sampling``.
+        given: the keywords that arrived in ``**sampling``.
     """
     options = [field.name for field in fields(options_type)]
     wrong = [name for name in with_todays_names(options_type, given) if name not in options]
@@ -49,13 +48,3 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
         f"there is no keyword {name!r} here{hint} The call takes {', '.join(own)}; and as sampling options of this "
         f"generator {', '.join(options)}"
     )
-
-
-def check_whole(name: str, value: Any, *, least: int | None = None) -> None:
-    """Raise ValueError unless the argument ``name`` is a whole number, of at least ``least``, or None."""
-    try:
-        number = None if value is None else operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
-    if number is not None and least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -12,21 +12,21 @@ from vistok.data.movies import Movie, to_frames
 from vistok.pipelines.display import MOVIES, Shown
 
 NAMED = 8
-"""Classes or prompts that the text of an output tells."""
+"""The most classes or prompts that ``repr`` lists."""
 
 
 @dataclass(frozen=True, repr=False)
 class PipelineOutput(Shown):
-    """What a pipeline generated; in a notebook it shows itself.
+    """What a pipeline generated; notebooks show its images.
 
     Attributes:
-        images: N images, mode RGB or L; of clips each shows its frames in a row.
+        images: N images, mode RGB or L; each clip is one image with its frames in a row.
         tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
         pixels: (N, C, H, W), or (N, C, T, H, W) of clips, float32 in [-1, 1], on the CPU; ``images`` are these in 8
             bit.
-        labels: the class id of each image, or None where the condition is not a class.
+        labels: the class id of each image (-1 without a class), or None where the condition is not a class.
         prompts: the text of each image, or None where there are no prompts.
-        class_names: the name of each image's class, or None where classes have no names.
+        class_names: the name of each image's class (None without a class), or None where classes have no names.
     """
 
     images: list[Image.Image]
@@ -34,24 +34,25 @@ class PipelineOutput(Shown):
     pixels: Tensor
     labels: list[int] | None
     prompts: list[str | None] | None = None
-    class_names: list[str] | None = None
+    class_names: list[str | None] | None = None
 
     def __repr__(self) -> str:
-        """How many images of which size, and what they show: the numbers in them would fill the screen."""
+        """Number, size and names of the images; their tensors would fill the screen."""
         count, _, *frames, height, width = self.pixels.shape
         what = (
             f"{'clip' if frames else 'image'}{'' if count == 1 else 's'}{f' of {frames[0]} frames' if frames else ''}"
         )
-        names = [name or "no text" for name in self.names or []]
+        names = [name or ("no class" if self.prompts is None else "no text") for name in self.names or []]
         shown = f": {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}" if names else ""
         return f"{type(self).__name__}({count} {what}, {width}x{height}{shown})"
 
     @property
     def names(self) -> list[str] | None:
-        """What each image was asked to show, as a grid has it."""
-        if self.prompts is not None:
-            return [prompt or "" for prompt in self.prompts]
-        return self.class_names or (None if self.labels is None else list(map(str, self.labels)))
+        """The prompt, class name or class id of each image, for the labels of a grid; "" for one that has none."""
+        named = self.class_names if self.prompts is None else self.prompts
+        if named is not None:
+            return [name or "" for name in named]
+        return None if self.labels is None else [str(label) if label >= 0 else "" for label in self.labels]
 
     @property
     def videos(self) -> np.ndarray:
@@ -70,5 +71,5 @@ class PipelineOutput(Shown):
         return [Movie(frames) for frames in self.videos]
 
     def _repr_html_(self) -> str | None:
-        """Clips play in a notebook; images have their own pictures."""
+        """Clips as players; None for images, which notebooks show by ``_repr_png_``."""
         return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])

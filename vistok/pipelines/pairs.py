@@ -1,7 +1,7 @@
-"""Pairs for the post-training of a tokenizer: images of partly generated tokens, beside the real ones.
+"""Pairs for the post-training of a tokenizer: images decoded from partly generated tokens, with the real images.
 
-RobusTok: Image Tokenizer Needs Post-Training (arXiv 2509.12474). A generator samples while each token is that of the
-real image with probability sigma; the tokenizer then learns to make the real image of what these tokens decode to.
+RobusTok: Image Tokenizer Needs Post-Training (arXiv 2509.12474). A generator samples a sequence in which each token is
+kept from the real image with probability sigma. The tokenizer's decoder then learns to make the real image of it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vistok.draws import Keys
 from vistok.pipelines.generation import Pipeline
 from vistok.types import Condition, to_json
 from vistok.utils.files import write_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -43,13 +44,16 @@ log = logging.getLogger(__name__)
 def partly_generated(
     pipe: Pipeline, pixels: Tensor, condition: Condition, sigma: float, keys: Keys, options: Any
 ) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] of the tokens of ``pixels`` (B, C, H, W), of which each is kept with probability
-    ``sigma`` and the others are generated, float32 on the CPU.
+    """Images of the tokens of ``pixels`` (B, C, H, W), each kept with probability ``sigma`` and otherwise generated.
 
     Args:
-        condition: what the generator is told of the images.
-        keys: of the images; each depends on its own alone.
-        options: of sampling, as in ``pipe.options``.
+        condition: the generator's condition for the images.
+        sigma: the probability with which each token is kept.
+        keys: of the images; each image depends only on its own key.
+        options: sampling options, from ``pipe.options``.
+
+    Returns:
+        (B, C, H, W) in [-1, 1], float32 on the CPU.
     """
     tokens = pipe.tokenizer.encode(pipe.to_tokenizer(pixels), condition=pipe.own_condition(condition))
     kept = keys.uniform("kept", tokens.shape[1]) < sigma
@@ -76,35 +80,33 @@ def write_pairs(
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Make a pair of every image of ``data``: out/generated/NAME.png of partly generated tokens, out/real/NAME.png.
+    """Make a pair of every image of ``data``: out/generated/NAME.png of partly generated tokens, and out/real/NAME.png.
 
-    Images are read as evaluation sees them. Names are those of the files, or of other sources the numbers of their
-    images. A pair depends on the seed and the image's number in the source, not on batches and processes. Until all is
-    there the pairs lie in ``OUT.unfinished/``, where a killed run can go on; at last out/pairs.json says what made
-    them.
+    Images are read without augmentation, as for evaluation. NAME is the file's name, or the image's index if the source
+    has no files. A pair depends on the seed and the image's index in the source, not on batches and processes. Until
+    all pairs are made they lie in ``OUT.unfinished/``, where ``resume`` continues; out/pairs.json records the settings.
 
     Args:
-        sigma: share of the tokens that are kept, in [0, 1]; RobusTok's is 0.7.
+        sigma: share of the tokens that are kept, in [0, 1]; RobusTok uses 0.7.
         sampling: options that differ from the pipeline's.
         resume: keep the pairs that an unfinished run has written.
-        processes: those that share the work; each calls this with the same arguments.
+        processes: the processes that share the work; each makes this call with the same arguments.
 
     Returns:
-        what pairs.json holds.
+        the content of pairs.json.
 
     Raises:
-        FileExistsError: ``out`` exists and is not an empty folder; or an unfinished one, and ``resume`` is False.
-        ResumeError: nothing to resume, or pairs of other settings.
+        FileExistsError: ``out`` is not empty; or ``OUT.unfinished`` exists and ``resume`` is False.
+        ResumeError: there is nothing to resume, or it was made with other settings.
         FolderInUseError: another process writes ``out``.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
-        ValueError: sigma out of range, images of another size or of other classes than the pipeline's, two files of one
-            name, or a generator that cannot take tokens of which some come later.
+        ValueError: sigma is out of range, images differ from the pipeline's in size or classes, two files have one
+            name, or the generator cannot keep given tokens while it samples.
     """
     out = Path(out)
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma is the share of tokens that are kept and must lie in [0, 1], got {sigma}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     pipe.tokenizer.check_renders("making pairs")
     pipe.tokenizer.image_shape("making pairs")
     pipe.tokenizer.spec_for(data.input_shape)
@@ -137,7 +139,7 @@ def write_pairs(
 
 
 class _Writer:
-    """Writes the pairs of some images at a time."""
+    """Writes pairs, a range of images at a time."""
 
     def __init__(
         self,
@@ -160,10 +162,8 @@ class _Writer:
         return self.folder / kind / f"{self.names[index]}.png"
 
     def missing(self, batch_size: int, processes: Processes) -> list[tuple[int, int]]:
-        """This process's ranges of images whose pairs are not all there: by their numbers alone, since processes look
-        at different times."""
-        starts = range(processes.index * batch_size, len(self.names), processes.count * batch_size)
-        ranges = [(start, min(start + batch_size, len(self.names))) for start in starts]
+        """The ranges of images that this process has to write."""
+        ranges = processes.ranges(len(self.names), batch_size)
         return [part for part in ranges if not all(self.file(GENERATED, index).exists() for index in range(*part))]
 
     def write(self, start: int, stop: int) -> None:
@@ -173,14 +173,14 @@ class _Writer:
             return
         keys, condition = Keys.of(self.seed, batch.indices), self._condition(batch)
         made = partly_generated(self.pipe, batch.pixels, condition, self.sigma, keys, self.options)
-        for kind, pixels in ((REAL, batch.pixels), (GENERATED, made)):  # the latter says that the pair is whole
+        for kind, pixels in ((REAL, batch.pixels), (GENERATED, made)):  # written last: its file marks a complete pair
             for index, image in zip(batch.indices.tolist(), shown(pixels), strict=True):
                 file = self.file(kind, index)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 save_png(image, file)
 
     def _condition(self, batch: ImageBatch) -> Condition:
-        """What the generator takes of what is known of the images: their classes, their first captions."""
+        """The generator's condition for the images: their classes and first captions, as far as it takes them."""
         taken, given = self.pipe.generator.condition_spec.parts, []
         if "labels" in taken:
             given.append(Condition.from_labels(batch.labels))
@@ -193,10 +193,10 @@ class _Writer:
 
 
 def pair_names(source: Source) -> list[str]:
-    """A name for each image, which its pair has: the file's path in the source without its ending, or its number.
+    """The name of each image's pair: the file's path in the source without its suffix, or the image's index.
 
     Raises:
-        ValueError: two files that differ in their endings only.
+        ValueError: two files differ in their suffixes only.
     """
     if isinstance(source, Selection):
         names = pair_names(source.source)
@@ -212,7 +212,7 @@ def pair_names(source: Source) -> list[str]:
 
 
 def _check_classes(pipe: Pipeline, classes: Sequence[str]) -> None:
-    """Labels must mean the same to the images and to the pipeline."""
+    """Raise ValueError if the data's classes are not those of the pipeline."""
     known = pipe.class_names
     if pipe.generator.num_classes and known and classes and tuple(classes) != tuple(known):
         foreign = sorted(set(classes) ^ set(known))

@@ -1,4 +1,4 @@
-"""Unfinished images, while a pipeline generates."""
+"""Previews of unfinished images while a pipeline generates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.pipelines.display import Shown
 from vistok.pipelines.jobs import Job
-from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Preview(Shown):
-    """Unfinished images; in a notebook they show themselves.
+    """A state of unfinished images; notebooks show it.
 
     Attributes:
-        step: positions that every image has by now.
-        total: positions of a finished image.
-        tokens: (N, L[, depth]) ids or (N, L, D) latents, zero where they are not generated yet, on the CPU.
-        known: (N, L) bool, True where they are.
-        images: N images, or None where this tokenizer shows nothing of this many tokens. Tokenizers whose prefixes
-            decode show what the tokens so far mean. Of raster tokenizers the finished positions are shown and the rest
-            is mid-grey; they are an estimate, because the decoder reads stand-ins (known tokens, repeated) for what is
-            still missing. Images of the last preview are the final ones.
+        step: number of positions that every image has so far.
+        total: number of positions of a finished image.
+        tokens: (N, L[, depth]) ids or (N, L, D) latents, zero where not generated yet, on the CPU.
+        known: (N, L) bool, True where tokens are generated.
+        images: N images, or None if the tokenizer cannot show this many tokens. If its prefixes decode, images show the
+            decoded prefix. Of tokens on a raster, images show the generated positions, and mid-grey elsewhere. These
+            are an estimate: for missing tokens the decoder reads known ones, repeated. The images of the last preview
+            are final.
     """
 
     step: int
@@ -49,13 +49,13 @@ class Preview(Shown):
 
 
 def previews(pipe: Pipeline, job: Job, every: int | None = None) -> Iterator[Preview]:
-    """Generate the images of a job in one batch, with a preview each time that ``every`` positions more are there.
+    """Generate the images of a job in one batch, and yield a preview after every ``every`` positions.
 
     Args:
-        every: None takes a row of the grid, or what the tokenizer's prefixes are multiples of.
+        every: None takes ``preview_step``.
 
     Raises:
-        ValueError: ``every`` below 1, or a tokenizer that makes no images.
+        ValueError: ``every`` is below 1, or the tokenizer renders no images.
     """
     pipe.tokenizer.check_renders("previews")
     check_whole("preview_every", every, least=1)
@@ -84,7 +84,7 @@ def _previews(pipe: Pipeline, job: Job, every: int) -> Iterator[Preview]:
 
 
 def preview_step(pipe: Pipeline) -> int:
-    """Positions between two previews: a row of the grid, or what the tokenizer's prefixes are multiples of."""
+    """Positions between two previews: ``prefix_step`` of ordered tokens, a row of a grid, else an eighth of all."""
     spec = pipe.tokenizer.spec
     if spec.scales:
         return 1  # every scale shows
@@ -94,7 +94,7 @@ def preview_step(pipe: Pipeline) -> int:
 def _previewer(
     pipe: Pipeline, keys: Keys, condition: Condition
 ) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
-    """What shows the tokens of one batch, again and again, as more of them are known."""
+    """A function that renders the tokens of one batch; it is called again as more of them are known."""
     spec, decode_prefix = pipe.tokenizer.spec, None
     if spec.prefixes_decode:
         draws, own = pipe.tokenizer.decoding_draws(keys), pipe.own_condition(condition)
@@ -102,7 +102,7 @@ def _previewer(
 
     def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
         if decode_prefix is not None:
-            prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest that all images have
+            prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest prefix that all images have
             return shown(decode_prefix(pipe.to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
         if bool(known.all()):
             return shown(pipe.decode(tokens, keys, condition))
@@ -116,7 +116,7 @@ def _previewer(
 
 
 def _fill(tokens: Tensor, known: Tensor) -> Tensor:
-    """Unknown positions repeat the known tokens in turn, so that a decoder sees statistics that it is used to."""
+    """Fill unknown positions with the known tokens in turn, so that the decoder sees familiar statistics."""
     positions = [row.nonzero()[:, 0] for row in known]
     source = torch.stack([row[torch.arange(known.shape[1]) % len(row)] for row in positions])  # (N, L)
     shape = (*known.shape, *[1] * (tokens.ndim - 2))

@@ -1,4 +1,4 @@
-"""What makes images of embeddings, for tokenizers that decode to these (``Pipeline.renderer``).
+"""Renderers, which make images of embeddings for tokenizers that decode to embeddings (``Pipeline.renderer``).
 
 ``vistok.eval.retrieval.Gallery`` is another renderer: it shows the nearest image of a data set.
 """
@@ -21,16 +21,16 @@ class Renderer(Protocol):
 
 
 class UnCLIP:
-    """Stable unCLIP of ``diffusers``, with which SEED renders (arXiv 2310.01218): embeddings are CLIP ViT-H/14's.
+    """Stable unCLIP of ``diffusers``, which SEED renders with (arXiv 2310.01218); it takes embeddings of CLIP ViT-H/14.
 
     Args:
-        weights: local folder of such a pipeline, for example of stable-diffusion-2-1-unclip, or its hub id.
+        weights: local folder or hub id of such a pipeline, for example of stable-diffusion-2-1-unclip.
         num_steps, guidance_scale: of the sampler.
-        noise_level: noise that is added to the embeddings.
-        seed: of the sampler's noise; the i-th image of a call always has the same.
+        noise_level: level of the noise that is added to the embeddings.
+        seed: of the sampler's noise; the i-th image of every call has the same noise.
 
     Raises:
-        CheckpointError: no such pipeline.
+        CheckpointError: ``weights`` holds no unCLIP pipeline.
     """
 
     def __init__(

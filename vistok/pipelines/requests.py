@@ -1,4 +1,4 @@
-"""What a user asks a pipeline for, as a condition: classes by name, prompts, or whatever else a generator takes."""
+"""Requests of users, and their conditions: from class names, prompts, or any condition that a generator takes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from vistok.conditions import PARTS
 from vistok.pipelines.classes import ClassLabel, ClassNames
-from vistok.pipelines.keywords import check_whole
 from vistok.text import PromptEncoder
 from vistok.types import Condition, ConditionSpec
+from vistok.utils.numbers import check_whole
 
 Prompt = str | Sequence[str | None]
 """A text, or several; None among them is unconditional."""
@@ -21,22 +21,23 @@ Prompt = str | Sequence[str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a call of a pipeline asks for, in the words of the call.
+    """The arguments of a call of a pipeline, as the user gave them.
 
     Attributes:
         class_labels: classes by id or by name, one or several.
         prompt: texts, one or several.
-        negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each prompt.
-        num_images: instead: this many unconditional images.
-        condition: instead: any condition that the generator takes.
-        num_images_per_label, num_images_per_prompt: images of each class, prompt or row; both words say the same.
+        negative_prompt: what guidance leads away from, instead of the unconditional prediction: one text, or one per
+            prompt.
+        num_images: number of unconditional images, instead of classes and prompts.
+        condition: any condition that the generator takes, instead of classes and prompts.
+        num_images_per_label, num_images_per_prompt: images of each class, prompt or row; the two are synonyms.
         seed: None takes 0, or a seed drawn from ``generator``.
         generator: the source of the seed.
-        index_start: the number of the first image among those of its seed.
+        index_start: the index of the first image; it selects the random draws, together with the seed.
         sampling: options by name.
 
     Raises:
-        ValueError: both words for the images of each, or what is no whole number where one is meant.
+        ValueError: both synonyms or both seed and generator are given, or a number is not an integer.
     """
 
     class_labels: ClassLabel | Iterable[ClassLabel] | None = None
@@ -66,7 +67,7 @@ class Request:
         return self.num_images_per_label if self.num_images_per_prompt == 1 else self.num_images_per_prompt
 
     def draw_seed(self) -> int:
-        """The seed; from a generator each call draws another one."""
+        """The seed; with a ``generator`` each call draws a new one."""
         if self.generator is not None:
             return int(torch.randint(1 << 62, (), generator=self.generator, device=self.generator.device))
         return 0 if self.seed is None else operator.index(self.seed)
@@ -84,12 +85,12 @@ class Conditions:
     """Turns requests into conditions of a generator.
 
     Args:
-        spec: what the generator takes.
-        classes: the names of its classes.
-        text: what turns prompts into conditions.
+        spec: the conditions that the generator takes.
+        classes: the generator's classes.
+        text: turns prompts into conditions.
 
     Raises:
-        ValueError: ``text`` makes another part than the generator takes.
+        ValueError: ``text`` makes a part that the generator does not take.
     """
 
     def __init__(self, spec: ConditionSpec, classes: ClassNames, text: PromptEncoder) -> None:
@@ -99,10 +100,11 @@ class Conditions:
             raise ValueError(f"this generator takes {spec.describe()}, but the text encoder makes {foreign[0]}")
 
     def of(self, request: Request) -> Condition:
-        """The condition of every image, in the one way in which it was given.
+        """The condition of a request, with a row per image.
 
         Raises:
-            ValueError: none or several ways, an unknown class, or prompts without a text encoder.
+            ValueError: the request gives no condition or several, a class is unknown, or the pipeline has no text
+                encoder for prompts.
         """
         ways = {name: getattr(request, name) is not None for name in ("class_labels", "prompt", "num_images")}
         ways["condition"] = request.condition is not None
@@ -127,10 +129,10 @@ class Conditions:
         return condition[torch.arange(len(condition)).repeat_interleave(request.copies)]
 
     def of_images(self, request: Request, count: int) -> Condition:
-        """The condition of ``count`` given images: one for all, one for each, or none.
+        """The condition of ``count`` given images; the request has one for all, one for each, or none.
 
         Raises:
-            ValueError: another number of classes or prompts, or as ``of``.
+            ValueError: the request has another number of classes or prompts, or as ``of``.
         """
         if request.class_labels is None and request.prompt is None:
             return Condition.none(count)
@@ -190,10 +192,10 @@ class Conditions:
 
 
 def _texts(name: str, value: Prompt) -> list[str | None]:
-    """The texts of a prompt, one or several.
+    """The texts of a prompt, as a list.
 
     Raises:
-        ValueError: something else among them.
+        ValueError: an item is neither a text nor None.
     """
     texts: list[str | None] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     wrong = [text for text in texts if not isinstance(text, str | None)]

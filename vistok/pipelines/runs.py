@@ -1,4 +1,4 @@
-"""What a path on the command line stands for, and what a training run tells about its data."""
+"""Training runs on disk: what kind of model a path holds, and the config and data of a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
-from vistok.config import NOTHING, Allowed, ConfigError, check, load_config, override
+from vistok.config import NOTHING, Allowed, load_config, override
 from vistok.data.config import DataConfig
 from vistok.pipelines.folders import BEST_MODEL, GENERATOR, PIPELINE, TOKENIZER
+from vistok.signatures import ConfigError, check
 
 RUN_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class _DataSection:
-    """What ``data.…=…`` overrides apply to."""
+    """The section that ``data.…=…`` overrides apply to."""
 
     data: DataConfig
 
@@ -32,10 +33,10 @@ def holds_tokenizer_only(path: str | Path) -> bool:
 
 
 def config_of_run(path: str | Path) -> dict[str, Any] | None:
-    """The config of a run folder, or of its best/; None of what is no run.
+    """The config of a run folder, or of its best/; None if ``path`` is no run.
 
     Raises:
-        ConfigError: a file that is no config.
+        ConfigError: the run's config.yaml is malformed.
     """
     file = _config_file(path)
     return load_config(file) if file.is_file() else None
@@ -60,18 +61,18 @@ def data_of_run(
     split: str | None = None,
     allowed: Allowed = NOTHING,
 ) -> DataConfig:
-    """The images that a tokenizer run was trained on, as ``data.…=…`` overrides change it.
+    """The data that a tokenizer's run was trained on, changed by ``data.…=…`` overrides.
 
     Args:
-        path: the run folder, or its best/. Without a config.yaml there, size, channels and frames come from
+        path: the run folder, or its best/. If it has no config.yaml, size, channels and frames come from
             ``input_shape``.
         overrides: ``data.key=value`` texts.
-        input_shape: of the tokenizer, (C, H, W) or (C, T, H, W).
-        split: replaces the run's, unless an override sets it.
+        input_shape: the tokenizer's, (C, H, W) or (C, T, H, W).
+        split: replaces the run's split, unless an override sets it.
         allowed: what the overrides may do; the run's own config may do nothing.
 
     Raises:
-        ConfigError: an override of something else than data, or a config that does not check.
+        ConfigError: an override is not of ``data``, or the config is invalid.
     """
     foreign = [text for text in overrides if not text.startswith("data.")]
     if foreign:

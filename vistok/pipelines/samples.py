@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vistok._version import __version__
 from vistok.data.clips import ClipBatches, ClipTransform
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.movies import save_gif, save_mp4, shown, to_frames
 from vistok.data.pictures import from_pil, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.data.sheets import sheet
@@ -29,6 +29,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -36,9 +37,9 @@ from vistok.utils.progress import Bar
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
 PAIRS = 8
-"""Originals in a row over their reconstructions."""
+"""The most originals in a row over their reconstructions."""
 STRIP = 128
-"""Pixels that an image of a strip has at least: one looks at what is lost."""
+"""The least side in pixels of an image on a sheet, so that small losses can be seen."""
 
 
 def write_samples(
@@ -56,11 +57,11 @@ def write_samples(
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Generate ``num_images`` images into the folder ``out``, which appears when all are there.
+    """Generate ``num_images`` images into the folder ``out``, which appears when all are finished.
 
-    It gets 000000.png, 000001.png, … (of clips their frames in a row, beside 000000.mp4 and 000000.gif); grid.png with
-    the first 64; samples.json with all that made them; and with ``npz`` samples.npz, which ADM-style evaluators read.
-    Until all are there the images lie in ``OUT.unfinished/``, where a killed run can go on.
+    The folder gets 000000.png, 000001.png, … (of clips their frames in a row, with 000000.mp4 and 000000.gif);
+    grid.png with the first 64; samples.json with the settings; and with ``npz`` samples.npz, which ADM-style evaluators
+    read. Until all are finished the images lie in ``OUT.unfinished/``, where ``resume`` continues.
 
     Image i is of class ``classes[i % len(classes)]``, or of the prompt ``prompts[i % len(prompts)]``; it is the same
     whatever the batch size and the number of processes.
@@ -71,22 +72,21 @@ def write_samples(
         negative_prompt: what guidance leads away from.
         sampling: options that differ from the pipeline's.
         resume: keep the images that an unfinished run has written.
-        processes: those that share the work; each calls this with the same arguments.
+        processes: the processes that share the work; each makes this call with the same arguments.
 
     Returns:
-        what samples.json holds.
+        the content of samples.json.
 
     Raises:
-        FileExistsError: ``out`` exists and is not an empty folder; or an unfinished one, and ``resume`` is False.
-        ResumeError: nothing to resume, or images of other settings.
+        FileExistsError: ``out`` is not empty; or ``OUT.unfinished`` exists and ``resume`` is False.
+        ResumeError: there is nothing to resume, or it was made with other settings.
         FolderInUseError: another process writes ``out``.
         ValueError, ConfigError: as the pipeline does.
     """
     out = Path(out)
     if num_images < 1:
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
         raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
@@ -126,8 +126,8 @@ def write_samples(
 
 
 def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
-    """Images as PNG; clips as MP4 and GIF, and a PNG that shows their frames. The PNG, which is last, says that a
-    sample is whole."""
+    """Write images as PNG; clips as MP4, GIF, and a PNG of their frames. The PNG comes last and marks a sample as
+    complete."""
     if made.pixels.ndim == 5:
         for frames, file in zip(made.videos, files, strict=True):
             save_mp4(frames, file.with_suffix(".mp4"))
@@ -137,13 +137,9 @@ def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
 
 
 def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> list[tuple[int, int]]:
-    """This process's ranges of images that are not all there.
-
-    Which process makes an image depends on its number alone, not on what is there: processes look at different times.
-    """
+    """The ranges of images that this process has to make."""
     ranges = []
-    for start in range(processes.index * batch_size, len(files), processes.count * batch_size):
-        stop = min(start + batch_size, len(files))
+    for start, stop in processes.ranges(len(files), batch_size):
         missing = [index for index in range(start, stop) if not files[index].exists()]
         if missing:
             ranges.append((missing[0], stop))
@@ -151,7 +147,7 @@ def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> li
 
 
 def _labels(pipe: Pipeline, what: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The class or the prompt of each image, as a grid names it; none of images that have neither."""
+    """The class or prompt of each image, for the labels of a grid; empty if there are neither."""
     if "prompt" in what:
         return [text or "" for text in what["prompt"]]
     names = pipe.class_names
@@ -159,7 +155,7 @@ def _labels(pipe: Pipeline, what: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[str], *, clips: bool, npz: bool) -> None:
-    """Put the overview, the array and the record beside all images."""
+    """Write grid.png, samples.npz and samples.json."""
     folder = files[0].parent
     if npz:
         with npz_writer(folder / NPZ, len(files)) as writer:
@@ -172,11 +168,11 @@ def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[s
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
     """Write a PNG of image files (ADM's centre crop) over their reconstructions; return the PSNR of each in dB.
 
-    Of videos, for tokenizers of clips, the clip in the middle; beside the PNG an MP4 shows all side by side.
+    Tokenizers of clips read the middle clip of each video; an MP4 next to the PNG shows all clips side by side.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is absent or no image.
-        UnreadableClipError: a file that is no video.
+        FileNotFoundError, ValueError: a file is absent or no image.
+        UnreadableClipError: a file is no video.
     """
     tokenizer.check_renders("reconstructing files")
     if len(tokenizer.input_shape) == 4:
@@ -197,7 +193,7 @@ def _save_pairs(
     scores: Sequence[str],
     out: str | Path,
 ) -> None:
-    """Rows of originals with their names, each over the row of their reconstructions with their scores."""
+    """Write rows of originals, labelled by name, each over a row of their reconstructions, labelled by score."""
     columns, shown, labels = min(PAIRS, len(names)), [], []
     blank = Image.new(originals[0].mode, originals[0].size, "white")
     for start in range(0, len(names), columns):
@@ -212,7 +208,7 @@ def _save_pairs(
 def _read_pictures(tokenizer: Tokenizer, files: Sequence[str | Path]) -> Tensor:
     """Image files as the tokenizer reads them, (B, C, H, W) in [-1, 1]."""
     channels, height, width = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=height)
+    decoder = ImageDecoder(channels, side=height)
     return from_pil([open_picture(file, decoder) for file in files], (height, width), channels)
 
 
@@ -244,8 +240,8 @@ def reconstruct_prefixes(
         the PSNR in dB of each image at each length.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is absent or no image, a tokenizer whose prefixes do not decode, or
-            a length that does not.
+        FileNotFoundError, ValueError: a file is absent or no image, the tokenizer does not decode prefixes, or not
+            those of one of the lengths.
     """
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
@@ -274,7 +270,7 @@ def reconstruct_prefixes(
 def _what(
     pipe: Pipeline, classes: Sequence[ClassLabel] | None, prompts: Sequence[str] | None, num_images: int
 ) -> dict[str, list[Any]]:
-    """The class or the prompt of every image, by the argument of the pipeline; empty if it has neither."""
+    """The class or prompt of every image, by the name of the pipeline's argument; empty if there are neither."""
     what: dict[str, Sequence[Any]] = {}
     if prompts is not None:
         what["prompt"] = prompts
@@ -284,5 +280,6 @@ def _what(
         what["class_labels"] = range(pipe.generator.condition_spec.num_classes)
     for name, values in what.items():
         if not len(values):
-            raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
+            plural = "prompts" if name == "prompt" else name
+            raise ValueError(f"there is nothing to generate: the list of {plural} is empty")
     return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}

@@ -1,4 +1,4 @@
-"""Scores of generators of ids that decode to image embeddings: what drawn ids find, and what is said of ids.
+"""Scores of generators whose ids decode to image embeddings: by retrieval with drawn ids, and by texts about ids.
 
 SEED (arXiv 2307.08041) has a language model read and write such ids; there are no pixels to compare.
 """
@@ -21,7 +21,7 @@ from vistok.data.opening import open_source
 from vistok.draws import Keys
 from vistok.eval.record import library_versions
 from vistok.eval.retrieval import Embeddings, class_scores
-from vistok.pipelines.chat import texts
+from vistok.pipelines.chat import decode_texts
 from vistok.pipelines.generation import Pipeline
 from vistok.types import Condition
 from vistok.utils.progress import track
@@ -29,16 +29,21 @@ from vistok.utils.progress import track
 
 @torch.no_grad()
 def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, Any]:
-    """Draw ids for the text, or the class, of every image of ``data``, and compare what they decode to with embeddings.
+    """Draw ids for the text or class of every image of ``data``, and compare their decoded embeddings with the image's.
 
-    ``cosine`` to the embedding of the image whose text it is, and ``cosine_of_images``, of the image's own ids, beside
-    it; with classes ``class_recall``, how often the nearest embedding of all images is of the class asked for, and
-    ``class_recall_by_chance``; ``codes_used``, the share of all codes that were drawn. A generator that writes texts
-    also says what the own ids of each image are: ``texts_right`` is how often that is one of its texts.
+    The scores are:
+
+    - ``cosine``: cosine similarity of drawn ids to the embedding of the image that the text or class belongs to;
+    - ``cosine_of_images``: the same for the image's own ids;
+    - ``class_recall`` and ``class_recall_by_chance``, with classes: how often the nearest of all images' embeddings is
+      of the class asked for;
+    - ``codes_used``: share of all codes that were drawn;
+    - ``texts_right``, for a generator that writes texts: how often its text about an image's own ids is one of the
+      image's texts.
 
     Raises:
-        ValueError: a tokenizer that does not decode to embeddings, or has no network for their targets, or a generator
-            that takes neither a text nor a class.
+        ValueError: the tokenizer does not decode to embeddings or has no network for their targets, or the generator
+            takes neither texts nor classes.
     """
     tokenizer, generator, source = pipe.tokenizer, pipe.generator, open_source(data)
     if not tokenizer.embeds:
@@ -73,7 +78,7 @@ def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, A
         parts.append((*(column.float().cpu() for column in columns), batch.labels, drawn.cpu()))
         if generator.end is not None and spec.ids is not None and "given" in spec.parts:
             given = Condition.from_given(own.to(pipe.device))
-            said = texts(pipe, generator.describe(given, spec.ids.length, tokenizer=pipe.in_loop))
+            said = decode_texts(pipe, generator.describe(given, spec.ids.length, tokenizer=pipe.in_loop))
             right += [text.strip() in several for text, several in zip(said, captions, strict=True)]
     decoded, own, targets, labels, ids = (torch.cat(column) for column in zip(*parts))
     scores = {
@@ -84,12 +89,14 @@ def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, A
     }
     if right:
         scores["texts_right"] = sum(right) / len(right)
-    name = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
     return {
         "protocol": "retrieval",
         "scores": scores,
-        "images": {"source": f"ids drawn for the {'texts' if by_text else 'classes'} of {name}", "count": len(ids)},
-        "reference": {"source": f"embeddings of {name}"},
+        "images": {
+            "source": f"ids drawn for the {'texts' if by_text else 'classes'} of {data.title}",
+            "count": len(ids),
+        },
+        "reference": {"source": f"embeddings of {data.title}"},
         "settings": {"seed": seed, "sampling": dataclasses.asdict(options), "data": dataclasses.asdict(data)},
         "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
         "generator": {"model": generator.registry_name, "fingerprint": generator.fingerprint()},

@@ -1,4 +1,4 @@
-"""Callbacks while a batch is generated."""
+"""Callbacks that run after each step while a batch is generated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ StepCallback = Callable[[Any, int, int, Mapping[str, Tensor]], Any]
 
 
 def every_step(pipe: Any, callback: StepCallback | None) -> Callable[[TokenChunk], None] | None:
-    """What a generator calls after each step of one batch, for ``callback``; None for none.
+    """Wrap ``callback`` as the ``on_step`` of a generator, for one batch; None if there is no callback.
 
-    The callback gets the pipeline, the number of the step from 0, how many positions of each image are done by it, and
-    ``{"tokens": …, "positions": …}`` of this step, (B, n[, D]) and (B, n), on the device. What it returns is not used;
-    an exception that it raises ends the call.
+    The callback gets the pipeline, the index of the step, the number of positions of each image that are done after it,
+    and this step's ``{"tokens": (B, n[, D]), "positions": (B, n)}`` on the device. Its return value is ignored; an
+    exception that it raises ends the call.
     """
     if callback is None:
         return None
@@ -26,7 +26,7 @@ def every_step(pipe: Any, callback: StepCallback | None) -> Callable[[TokenChunk
 
     def on_step(chunk: TokenChunk) -> None:
         nonlocal step, done
-        # Of speculative decoding a row may have committed fewer; counting them would wait for the device.
+        # Speculative decoding may have committed fewer in some rows; to count them the host would wait for the device.
         done = min(done + chunk.positions.shape[1], pipe.generator.spec.length)
         callback(pipe, step, done, {"tokens": chunk.tokens, "positions": chunk.positions})
         step += 1

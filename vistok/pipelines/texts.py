@@ -1,4 +1,4 @@
-"""Texts that a tokenizer's decoder reads: what a run's ``text`` section says of them."""
+"""Texts that a tokenizer's decoder reads, as the ``text`` section of a run's config describes them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from typing import Any, Literal, cast
 
 import torch
 
-from vistok.config import NOTHING, Allowed, ConfigError, check, check_least, override
+from vistok.config import NOTHING, Allowed, override
 from vistok.data.config import DataConfig
 from vistok.data.loader import Source
 from vistok.data.opening import open_source
 from vistok.eval.tokenizers import BatchConditions
 from vistok.pipelines.runs import config_of_run
+from vistok.signatures import ConfigError, check, check_least
 from vistok.text import PromptEncoder, open_text_encoder
 from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import FeatureSpec
 
 TEXT_OVERRIDES = ("text.", "text=")
-"""How the overrides begin that apply to a ``text`` section."""
+"""Prefixes of the overrides that apply to a ``text`` section."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The ``text`` section: what makes features of captions.
+    """The ``text`` section: how captions become features.
 
     Attributes:
-        encoder: a text encoder of Hugging Face, by folder or name.
+        encoder: Hugging Face folder or name of a text encoder.
         length: the most features of a text.
-        positions: those of the text, or ``all``, of CLIP's towers (see ``vistok.text.encoders.CLIPTower``).
+        positions: ``text`` for the positions of the text, or ``all`` for all of a CLIP tower (see
+            ``vistok.text.encoders.CLIPTower``).
     """
 
     encoder: str
@@ -44,7 +46,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class _TextSection:
-    """What ``text.…=…`` overrides apply to."""
+    """The section that ``text.…=…`` overrides apply to."""
 
     text: TextConfig | None
 
@@ -53,8 +55,8 @@ class TextGuide:
     """The captions of images as conditions of a tokenizer.
 
     Raises:
-        ConfigError: a tokenizer that reads no features, or others.
-        TextError: no such encoder.
+        ConfigError: the tokenizer reads no text features, or others than the encoder makes.
+        TextError: the encoder is not found.
     """
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer, captions: Literal["own", "class_names"]):
@@ -72,21 +74,21 @@ class TextGuide:
         self._text, self._captions = PromptEncoder([encoder]), captions
 
     def reader(self, source: Source) -> CaptionReader:
-        """The captions of a source."""
+        """A reader of the captions of ``source``."""
         return CaptionReader(source, self._captions, self._text, refuse_long=False)
 
 
 def text_of_run(
     path: str | Path, tokenizer: Tokenizer, overrides: Sequence[str] = (), *, allowed: Allowed = NOTHING
 ) -> TextConfig | None:
-    """What a tokenizer's texts were encoded by in its training, as ``text.…=…`` overrides change it.
+    """The ``text`` section that a tokenizer was trained with, changed by ``text.…=…`` overrides.
 
     Returns:
-        None for a tokenizer that reads no texts, or saw none in its training, or with the override ``text=null``.
+        None if the tokenizer reads no texts, was trained without texts, or the override is ``text=null``.
 
     Raises:
-        ConfigError: texts for a tokenizer that reads none, or an unknown key.
-        ValueError: a tokenizer that reads texts and is not a run, so that nothing says what encodes them.
+        ConfigError: there are overrides but the tokenizer reads no texts, or a key is unknown.
+        ValueError: the tokenizer reads texts, but ``path`` is no run that records their encoder.
     """
     section, config = None, config_of_run(path)
     if tokenizer.condition_spec.features is None:
@@ -106,8 +108,10 @@ def text_of_run(
 
 
 def conditions_of(config: TextConfig | None, tokenizer: Tokenizer, data: DataConfig) -> BatchConditions | None:
-    """What a tokenizer is told of the images of ``data``: of several captions of an image the first. Images without a
-    caption are decoded without one. None tells it nothing."""
+    """The tokenizer's conditions for the images of ``data``: the first caption of each image.
+
+    Images without a caption are decoded without one. Returns None if ``config`` is None.
+    """
     if config is None:
         return None
     captions = TextGuide(config, tokenizer, data.captions).reader(open_source(data))
@@ -115,7 +119,7 @@ def conditions_of(config: TextConfig | None, tokenizer: Tokenizer, data: DataCon
 
 
 def check_needs_no_text(path: str | Path, tokenizer: Tokenizer, what: str) -> None:
-    """Raise ValueError where a tokenizer decodes with texts and ``what`` it is to decode has none."""
+    """Raise ValueError if the tokenizer decodes with texts, which ``what`` (a noun for the message) does not have."""
     if tokenizer.condition_spec.features is None or text_of_run(path, tokenizer) is None:
         return
     raise ValueError(

@@ -17,14 +17,13 @@ from vistok.config import load_config
 from vistok.data.tokens import TokenCache
 from vistok.pipelines.folders import GENERATOR
 from vistok.probing.settings import ProbeSettings
-from vistok.probing.tokenizer import probe
+from vistok.probing.tokenizer import labelled_probe
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.types import Condition, TokenSpec
 from vistok.utils.progress import track
 
 CONFIGS = Path(__file__).parent
-LOSSES = {True: "cross entropy in nats", False: "the loss of a diffusion head"}
 BATCH = 64
 
 
@@ -56,7 +55,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
     result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": settings.steps,
-        "loss": LOSSES[spec.discrete],
+        "loss": "cross entropy in nats" if spec.discrete else "the loss of a diffusion head",
         "loss_per_token": last["val_loss"],
         "loss_per_image": last["val_loss"] * spec.length,
     }
@@ -64,7 +63,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
         result |= {"accuracy": last["val_accuracy"], "uniform_loss": float(np.log(spec.num_ids))}
         if len(cache.classes) > 1:
             features = [_middle(model, tokens) for tokens in (cache, held_out)]
-            result["probe"] = probe(features[0], cache.labels, features[1], held_out.labels)
+            result["probe"] = labelled_probe(features[0], cache.labels, features[1], held_out.labels)
     return result
 
 

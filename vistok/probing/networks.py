@@ -17,7 +17,7 @@ from vistok.losses.efficientnet import EfficientNetFeatures, packaged_weights
 from vistok.utils.files import sha256
 
 IMAGE_NETWORKS = ("efficientnet_lite0", "inception", "none")
-CLIP_NETWORKS = ("i3d", "none")
+CLIP_NETWORKS = ("i3d", "i3d_torchscript", "none")
 SIDE = 224
 
 
@@ -42,30 +42,42 @@ class EfficientNetPool:
         return self.network((pixels - mean) / std).mean(1)
 
 
-def image_network(name: str, weights: str | None, device: torch.device) -> FeatureNetwork | None:
-    """The network of this name, or None for "none".
+def choose_network(name: str | None, *, clips: bool) -> str:
+    """The network of this name; None stands for the default: EfficientNet-Lite0 for images, none for clips.
+
+    Raises:
+        ValueError: there is no such network of images, or of clips.
+    """
+    known = CLIP_NETWORKS if clips else IMAGE_NETWORKS
+    if name is None:
+        return "none" if clips else "efficientnet_lite0"
+    if name not in known:
+        raise ValueError(f"unknown network {name!r}; {'clips' if clips else 'images'} have {', '.join(known)}")
+    return name
+
+
+def image_network(name: str | None, weights: str | None, device: torch.device) -> FeatureNetwork | None:
+    """The network of images of this name (see ``choose_network``), or None for "none".
 
     Raises:
         ValueError: the name is unknown.
         CheckpointError: its weights cannot be loaded; the message says how to get them.
     """
+    name = choose_network(name, clips=False)
     if name == "none":
         return None
-    if name == "efficientnet_lite0":
-        file = weights or packaged_weights()
-        return CallableNetwork(EfficientNetPool(weights, device), "efficientnet-lite0, pooled", sha256(file))
     if name == "inception":
         return load_network(choose_protocol("reconstruction", None, None), weights=weights, device=device)
-    raise ValueError(f"unknown network {name!r}; images have {', '.join(IMAGE_NETWORKS)}")
+    file = weights or packaged_weights()
+    return CallableNetwork(EfficientNetPool(weights, device), "efficientnet-lite0, pooled", sha256(file))
 
 
-def clip_network(name: str, weights: str | None, device: torch.device) -> Any:
-    """The network of clips by its name; see ``image_network``. The default network of images stands for "none"."""
-    if name in ("none", IMAGE_NETWORKS[0]):
+def clip_network(name: str | None, weights: str | None, device: torch.device) -> Any:
+    """The network of clips by its name; see ``image_network``. "i3d_torchscript" runs the code in its file."""
+    name = choose_network(name, clips=True)
+    if name == "none":
         return None
-    if name == "i3d":
-        return load_clip_network(weights, device=device)
-    raise ValueError(f"unknown network {name!r}; clips have {', '.join(CLIP_NETWORKS)}")
+    return load_clip_network(weights, torchscript=name == "i3d_torchscript", device=device)
 
 
 def lpips(weights: str | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

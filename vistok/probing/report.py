@@ -20,7 +20,6 @@ SCORES = (
     "rfid",
     "rfvd",
     "frechet_distance",
-    "rfrechet_distance",
     "cosine",
     "class_recall",
 )

@@ -24,6 +24,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.probing.generator import probe_generator
+from vistok.probing.networks import choose_network
 from vistok.probing.report import write_comparison, write_probe
 from vistok.probing.settings import ProbeSettings
 from vistok.probing.tokenizer import code_usage, describe, feature_probes, reconstruction, speed
@@ -75,6 +76,7 @@ def probe(
     of_text = [item for item in overrides if item.startswith(TEXT_OVERRIDES)]
     others = [item for item in overrides if item not in of_text]
     tokenizer, data, held_out = _open(run, others, settings, device, allowed)
+    settings = _with_network(settings, data)
     text = text_of_run(run, tokenizer, of_text, allowed=allowed)
     conditions = conditions_of(text, tokenizer, held_out)
     what = {"tokenizer": tokenizer.fingerprint(), "data": asdict(data)}
@@ -122,14 +124,18 @@ def compare(
     for run, tokenizer in zip(runs[1:], others):
         _check_same(tokenizer, data, str(run), str(runs[0]))
     tokenizers = [first, *others]
-    texts = [conditions_of(text_of_run(run, part), part, held_out) for run, part in zip(runs, tokenizers, strict=True)]
+    settings = _with_network(settings, data)
+    texts = [text_of_run(run, tokenizer) for run, tokenizer in zip(runs, tokenizers, strict=True)]
+    conditions = [conditions_of(*pair, held_out) for pair in zip(texts, tokenizers, strict=True)]
     names = _folders(runs)
-    what = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
+    what: dict[str, Any] = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
+    if any(text is not None for text in texts):
+        what["texts"] = [None if text is None else asdict(text) for text in texts]
     with continued(out, settings.plan(what)):
         results = []
-        for run, name, tokenizer, conditions in zip(runs, names, tokenizers, texts, strict=True):
-            result = _judge(tokenizer, data, held_out, out / name, settings, conditions) | {"name": str(run)}
-            write_json(out / name / "result.json", result)
+        for run, name, tokenizer, given in zip(runs, names, tokenizers, conditions, strict=True):
+            result = _judge(tokenizer, data, held_out, out / name, settings, given) | {"name": str(run)}
+            save_result(result, out / name)
             results.append(result)
         whole = {
             "tokenizers": results,
@@ -166,6 +172,11 @@ def _open(
             "--train-split and --test-split"
         )
     return _fitted(tokenizer, parts[0]), parts[0], parts[1]
+
+
+def _with_network(settings: ProbeSettings, data: DataConfig) -> ProbeSettings:
+    """The settings with the default network of images or clips, if they name none."""
+    return replace(settings, network=choose_network(settings.network, clips=data.num_frames is not None))
 
 
 def _fitted(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vistok.config import check_least
+from vistok.signatures import check_least
 from vistok.types import to_json
 
 PLAN = "plan.json"
@@ -23,8 +23,9 @@ class ProbeSettings:
         train_split, test_split: the splits of the data.
         batch_size: of the generator's training.
         generator: ``key=value`` changes to the generator's config, discrete.yaml or continuous.yaml of this folder.
-        network: feature network for the distance of reconstructions: "efficientnet_lite0", whose weights come with the
-            extra ``teachers``; "inception", the network of all published FIDs; or "none". For clips "i3d" or "none".
+        network: feature network for the distance of reconstructions: "efficientnet_lite0" (the default for images),
+            whose weights come with the extra ``teachers``; "inception", the network of all published FIDs; or "none".
+            For clips "i3d"; "i3d_torchscript", which runs the code in the file ``weights``; or "none" (the default).
         weights: local file with the weights of ``network``.
         lpips_weights: local file with all LPIPS weights; None computes no LPIPS.
         seed: of the generator's training.
@@ -40,7 +41,7 @@ class ProbeSettings:
     test_split: str | None = "test"
     batch_size: int = 64
     generator: tuple[str, ...] = ()
-    network: str = "efficientnet_lite0"
+    network: str | None = None
     weights: str | None = None
     lpips_weights: str | None = None
     seed: int = 0

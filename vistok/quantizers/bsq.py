@@ -3,8 +3,8 @@
 Infinity: Han et al., arXiv 2412.04431, sections 3.1 to 3.3. Binary spherical quantization: Zhao et al., arXiv
 2406.07548. Conventions: github.com/FoundationVision/Infinity (MIT).
 
-A code is a vector of d values +-1 / sqrt(d), which has length one; there is no codebook. Bits of all grids are one
-sequence (B, L, d), smallest grid first, in raster order inside a grid: d ids of an alphabet of two at each position.
+A code is a vector of d values +-1 / sqrt(d), which has length one; there is no codebook. The bits of all grids form one
+sequence (B, L, d), smallest grid first, in raster order inside a grid: every position has d ids, each 0 or 1.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vistok.utils.devices import without_autocast
 Grid3 = tuple[int, int, int]
 Resize = Literal["area", "trilinear"]
 MOST_FLIPS = 100
-"""The strength of flips is drawn in hundredths."""
+"""Flip probabilities are drawn as multiples of 1 / MOST_FLIPS."""
 
 
 @dataclass(frozen=True)
 class BitLevel:
-    """What quantization knows of one scale.
+    """The quantization of one scale.
 
     Attributes:
         residual: (B, D, t, h, w) on the grid, before it is normalised.
@@ -49,9 +49,9 @@ class Corrected:
     """Training data with flipped bits (bitwise self-correction, section 3.3).
 
     Attributes:
-        inputs: (B, l, E) of all scales but the first: the map so far, whose bits were partly flipped.
-        targets: (B, L, E) bool: the bits of what is really left, which repair the flips of earlier scales.
-        flipped: (B, L', D) bool: the bits of which the map was made.
+        inputs: (B, l, E) of all scales but the first: the map so far, made from partly flipped bits.
+        targets: (B, L, E) bool: the bits of the true residual, which repair the flips of earlier scales.
+        flipped: (B, L', D) bool: the bits with flips, before positions are grouped into patches.
     """
 
     inputs: Tensor
@@ -60,10 +60,10 @@ class Corrected:
 
 
 def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
-    """Grids given as (height, width) or (time, height, width), all with a time.
+    """Grids, given as (height, width) or (time, height, width), as (time, height, width).
 
     Raises:
-        ValueError: none, or a side below 1.
+        ValueError: no grids, or sides that are not whole numbers of at least 1.
     """
     given = scales if isinstance(scales, list | tuple) and all(isinstance(s, list | tuple) for s in scales) else ()
     sides = [(1, *scale) if len(scale) == 2 else tuple(scale) for scale in given]
@@ -77,16 +77,16 @@ def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
 class MultiScaleBSQ(nn.Module):
     """Quantize a map (B, D, h, w) on growing grids to signs; the last grid is that of the map. It has no weights.
 
-    Each grid codes what the smaller ones left: the residual is averaged down to the grid and divided by its length;
-    the signs of its channels are the code, which is scaled up trilinearly and subtracted.
+    Each grid codes the residual of the smaller ones: the residual is averaged down to the grid and l2-normalised; the
+    signs of its channels are the code, which is scaled up trilinearly and subtracted.
 
-    The gradient passes straight through the signs, and really through the normalisation and both resizings; residuals
-    of later scales count as constant, so every scale sees the gradient of the latents.
+    The gradient is straight-through for the signs, and exact for the normalisation and both resizings. The codes that
+    are subtracted from the residual are detached, so every scale passes its gradient to the latents.
 
     Args:
         dim: channels D, bits of a position.
         scales: grids, smallest first, as (height, width) or (time, height, width).
-        decay: the code of scale k counts max(0.1, 1 - 0.1 k).
+        decay: weight the code of scale k by max(0.1, 1 - 0.1 k).
     """
 
     loss_terms: tuple[str, ...] = ()
@@ -102,11 +102,11 @@ class MultiScaleBSQ(nn.Module):
     # From a map to bits
 
     def levels(self, latents: Tensor, flips: Tensor | None = None) -> Iterator[BitLevel]:
-        """Scale by scale.
+        """Yield the level of each scale, smallest first.
 
         Args:
-            flips: (B, L, D) bool, the bits that are turned before the code of a scale is taken, so that later scales
-                see what that leaves; none by default.
+            flips: (B, L, D) bool, True where a bit is flipped before its code is subtracted, so that the residual of
+                later scales holds the error; None flips none.
 
         Raises:
             ValueError: a map of other channels, or not of the last grid.
@@ -135,8 +135,8 @@ class MultiScaleBSQ(nn.Module):
 
     @torch.no_grad()
     def near_zero(self, latents: Tensor, threshold: float) -> Tensor:
-        """(S,), the share of the residual's components at each scale that are smaller than ``threshold``: bits that
-        noise would turn."""
+        """(S,), the share of the residual's components at each scale with an absolute value below ``threshold``: bits
+        that noise can flip."""
         return torch.stack([(level.residual.abs() < threshold).float().mean() for level in self.levels(latents)])
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -147,10 +147,13 @@ class MultiScaleBSQ(nn.Module):
         return self._signs(ids > 0)
 
     def maps(self, bits: Tensor) -> Iterator[Tensor]:
-        """The map (B, D, T, H, W) after each scale of bits (B, n, D) of the first scales, or of all.
+        """Yield the sum (B, D, T, H, W) of the scales so far, after each scale.
+
+        Args:
+            bits: (B, n, D) of the first scales, or of all.
 
         Raises:
-            ValueError: other channels, or bits that end within a scale.
+            ValueError: another number of channels, or bits that end within a scale.
         """
         sizes = [math.prod(box) for box in self.scales]
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -171,9 +174,9 @@ class MultiScaleBSQ(nn.Module):
 
         Args:
             bits: (B, L, D) of all scales.
-            resize: "trilinear", without smoothing, in training and sampling of the released transformer; "area" in
-                the module itself.
-            patch: positions that are p x p neighbours go together, as (B, l / p^2, D p^2).
+            resize: "trilinear" without antialiasing, as in training and sampling of the released transformer; or
+                "area", as in the reference's quantizer.
+            patch: group p x p neighbouring positions into one, (B, l / p^2, D p^2).
 
         Raises:
             ValueError: as in ``maps``, or grids that p does not divide.
@@ -181,7 +184,7 @@ class MultiScaleBSQ(nn.Module):
         return self._inputs(list(self.maps(bits)), resize, patch)
 
     def _inputs(self, maps: Sequence[Tensor], resize: Resize, patch: int) -> Tensor:
-        """Of the maps after each scale; nothing is read from that of all scales."""
+        """``next_inputs`` from the maps after each scale; the last map is no input."""
         none = maps[0].new_zeros(len(maps[0]), 0, self.dim * patch**2)  # a single scale has no input
         before = enumerate(maps[: len(self.scales) - 1])
         return torch.cat([none, *(grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in before)], 1)
@@ -190,15 +193,11 @@ class MultiScaleBSQ(nn.Module):
     # Bitwise self-correction
 
     def correction_draws(self, keys: Keys) -> Draws:
-        """ "flips" (B, L, D) uniform; "strengths" (B, S) uniform, of which the first row is the batch's."""
-        length = sum(math.prod(box) for box in self.scales)
-        return {
-            "flips": keys.uniform("flips", length, self.dim),
-            "strengths": keys.uniform("strengths", len(self.scales)),
-        }
+        """See ``correction_draws``."""
+        return correction_draws(keys, sum(map(math.prod, self.scales)), self.dim, len(self.scales))
 
     def drawn_strengths(self, draws: Draws, most: float, num_scales: int) -> Tensor:
-        """(S,) the probability of a flip at each scale: hundredths from 0 to ``most``, 0 behind ``num_scales``."""
+        """(S,) flip probability of each scale: hundredths from 0 to ``most``; 0 after the first ``num_scales``."""
         strengths = (draws["strengths"][0] * (math.floor(MOST_FLIPS * most + 1e-9) + 1)).floor() / MOST_FLIPS
         return torch.where(torch.arange(len(strengths), device=strengths.device) < num_scales, strengths, 0.0)
 
@@ -212,8 +211,8 @@ class MultiScaleBSQ(nn.Module):
             latents: maps (B, D, h, w).
             flips: (B, L, D) uniform numbers: a bit is flipped where its number is below the strength of its scale.
             strengths: (S,) in [0, 1].
-            requantize: the flipped code is what the map is made of, so that later scales repair it. Without it flips
-                leave no trace in the map.
+            requantize: make the map of the flipped codes, so that later scales repair them. If False, the map is made
+                of the original codes.
             patch: as in ``next_inputs``.
 
         Raises:
@@ -238,7 +237,7 @@ class MultiScaleBSQ(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _checked(self, latents: Tensor) -> Tensor:
-        """A map as float (B, D, T, H, W)."""
+        """A map as (B, D, T, H, W)."""
         x = latents[:, :, None] if latents.ndim == 4 else latents
         if x.ndim != 5 or x.shape[1] != self.dim or tuple(x.shape[2:]) != self.scales[-1]:
             raise ValueError(
@@ -263,6 +262,16 @@ class MultiScaleBSQ(nn.Module):
         return rearrange(sequence, "b (t h w) d -> b d t h w", t=t, h=h)
 
 
+def correction_draws(keys: Keys, length: int, dim: int, num_scales: int) -> Draws:
+    """ "flips" (B, L, D) uniform; "strengths" (B, S) uniform, with equal rows.
+
+    Self-correction draws one strength per scale for the whole batch. The strengths are keyed by the step alone, so they
+    depend on no sample, and all processes draw the same.
+    """
+    strengths = keys.at((0,)).uniform("strengths", num_scales).expand(len(keys), -1)
+    return {"flips": keys.uniform("flips", length, dim), "strengths": strengths}
+
+
 def _sequence(x: Tensor) -> Tensor:
     return rearrange(x, "b d t h w -> b (t h w) d")
 
@@ -272,8 +281,8 @@ def _resized(x: Tensor, box: Grid3, mode: Resize) -> Tensor:
 
 
 def grouped(x: Tensor, patch: int) -> Tensor:
-    """A map (B, D, t, h, w) as a sequence (B, t h w / p^2, D p^2), of which a position is p x p neighbours, channels
-    first: channel d, row y, column x at d p^2 + y p + x.
+    """A map (B, D, t, h, w) as a sequence (B, t h w / p^2, D p^2), each position being p x p neighbours: channel d,
+    row y, column x is at index d p^2 + y p + x.
 
     Raises:
         ValueError: p does not divide the sides.

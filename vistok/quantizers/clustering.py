@@ -1,4 +1,4 @@
-"""Clustering of a codebook: codes that are seldom chosen move to the latents that lie nearest to them.
+"""Clustering of a codebook: rarely chosen codes move to their nearest latents.
 
 Online Clustered Codebook (Zheng and Vedaldi, arXiv 2307.15139), with the constants of TA-TiTok (arXiv 2501.07730).
 """
@@ -11,15 +11,15 @@ from torch import Tensor, distributed, nn
 from vistok.utils.processes import group_size, mean_over_group
 
 DECAY = 0.99
-RARITY = 10.0  # how much rarer than the average a code must be to stay where it is, as the exponent below has it
+RARITY = 10.0  # factor in the exponent of the share a below: the larger, the rarer a code must be to move
 
 
 class CodeClustering(nn.Module):
-    """Moves every code towards the nearest latent of the batch, the more the less often it is chosen.
+    """Moves each code towards its nearest latent of the batch; the rarer a code is chosen, the further it moves.
 
-    A running average p of how often a code is chosen, 0 at first, gives the share a = exp(-p K 10 / (1 - decay) - 1e-3)
-    by which the code is replaced by the latent. A forward pass measures and picks; ``move`` does it, after the
-    backward pass and before the optimizer's step. Several processes pick from the batch of all of them.
+    The running average p of how often a code is chosen, 0 at first, gives a = exp(-p K 10 / (1 - decay) - 1e-3), and
+    the code becomes (1 - a) code + a latent. A forward pass updates p and picks the latents; ``move`` moves the codes,
+    after the backward pass and before the optimizer's step. Several processes pick from the batch of all of them.
 
     Args:
         codebook_size: number of codes K.
@@ -40,12 +40,12 @@ class CodeClustering(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents: Tensor, distances: Tensor, ids: Tensor) -> None:
-        """Measure the use of codes, and pick new places.
+        """Update the usage of codes, and pick the latents that they move to.
 
         Args:
-            latents: (..., D), which codes may be moved to.
-            distances: (..., K) to the codes, which say what is near.
-            ids: (...) that were chosen.
+            latents: (..., D), the candidates.
+            distances: (..., K) from the latents to the codes.
+            ids: (...), the codes that were chosen.
         """
         codebook_size = len(self.usage)
         counts = torch.zeros_like(self.usage).scatter_add_(0, ids.flatten(), self.usage.new_ones(ids.numel()))
@@ -55,14 +55,13 @@ class CodeClustering(nn.Module):
 
     @torch.no_grad()
     def move(self, codebook: Tensor) -> None:
-        """Move the codes (K, D) to the places that the last forward pass picked, by their shares."""
+        """Move the codes (K, D) towards the latents that the last forward pass picked."""
         share = torch.exp(-self.usage * len(self.usage) * RARITY / (1 - self.decay) - 1e-3)
         codebook.lerp_(self.places, share[:, None])
 
 
 def _of_all_processes(candidates: Tensor, distances: Tensor) -> Tensor:
-    """The nearest candidates (K, D) of all processes: for each code those of the process with the least distance
-    (K,)."""
+    """Candidates (K, D): for each code that of the process with the smallest distance (K,)."""
     size = group_size()
     if size == 1:
         return candidates

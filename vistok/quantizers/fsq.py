@@ -22,10 +22,13 @@ class FSQ(nn.Module):
 
     A latent z is bounded, b = tanh(z + atanh(o / h)) h - o, with h = (L - 1) 1.001 / 2 and o = 1/2 for even L, else 0;
     rounded to the nearest integer; and divided by L // 2, which gives codes in [-1, 1]. An even number of levels has no
-    code at 1. Ids count the levels with the first channel fastest. There are no weights, and no loss terms.
+    code at 1. Ids number the codes with the first channel varying fastest. There are no weights and no loss terms.
 
     Args:
         levels: number of values of each channel, at least 2.
+
+    Raises:
+        ValueError: no channels, or fewer than 2 levels in one.
     """
 
     sizes: Tensor
@@ -72,8 +75,8 @@ class FSQ(nn.Module):
     def neighbours(self, latents: Tensor, k: int) -> Tensor:
         """Ids (..., k) of the k codes nearest to latents (..., D), nearest first, by distance between codes.
 
-        The squared distance is a sum over channels, so only the k best of every partial sum can be among the k best of
-        the whole: channels are added one by one, and no table of all codes is made.
+        The squared distance is a sum over channels, so the k best codes extend the k best choices of earlier channels:
+        channels are added one by one, without a table of all codes.
 
         Raises:
             ValueError: there are fewer than k codes.
@@ -93,10 +96,7 @@ class FSQ(nn.Module):
         return ids
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize latents (B, L, D) with a straight-through gradient: rounding counts as the identity.
-
-        Nothing here is random: ``draws`` are not read.
-        """
+        """Quantize latents (B, L, D) with a straight-through gradient for the rounding; ``draws`` is unused."""
         bounded = self.bound(latents)
         rounded = bounded.round()
         quantized = (bounded + (rounded - bounded).detach()) / self.half_width

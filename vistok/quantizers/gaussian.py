@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from vistok.draws import Draws
 
 LOG_VARIANCE = (-30.0, 20.0)
-"""What log-variances are clamped to."""
+"""The range that log-variances are clamped to."""
 
 
 class LatentScale(nn.Module):
-    """The scale in which generators see continuous latents: a latent z counts as (z - mean) * scale.
+    """Standardises continuous latents for generators: a latent z becomes (z - mean) * scale.
 
     Args:
         dim: channels D of a latent.
-        mean, scale: numbers, or one for each channel. They belong to the config, not to the weights.
+        mean, scale: one number, or one per channel. They are saved in the config, not with the weights.
 
     Raises:
         ValueError: another number of means or scales than channels.
@@ -39,27 +39,27 @@ class LatentScale(nn.Module):
         return bool((self.mean == self.mean[0]).all() and (self.scale == self.scale[0]).all())
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents (..., D) as generators see them."""
+        """Raw latents (..., D) of the autoencoder to standardised ones."""
         return (latents - self.mean) * self.scale
 
     def restore(self, latents: Tensor) -> Tensor:
-        """The inverse of ``standardise``."""
+        """Standardised latents (..., D) to raw ones."""
         return latents / self.scale + self.mean
 
 
 class GaussianLatents(LatentScale):
-    """The distribution of latents, drawing from it, and the scale in which generators see what is drawn.
+    """A Gaussian posterior with diagonal covariance, and the standardisation of its latents.
 
-    Its arguments and errors are those of ``LatentScale``.
+    Arguments and errors are those of ``LatentScale``.
     """
 
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and clamped log-variance, (B, L, D) each, of what an encoder gives, (B, L, 2D)."""
+        """Mean and clamped log-variance, (B, L, D) each, from an encoder's output (B, L, 2D)."""
         mean, log_variance = hidden.chunk(2, -1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     def choose(self, mean: Tensor, log_variance: Tensor, draws: Draws | None) -> Tensor:
-        """A sample made with the normal numbers "posterior" (B, L, D) of ``draws``; without draws, the mean."""
+        """A sample made from the normal draws "posterior" (B, L, D); without draws, the mean."""
         return mean if draws is None else mean + (log_variance / 2).exp() * draws["posterior"]
 
     def standardised_moments(self, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ class GaussianLatents(LatentScale):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, log_variance: Tensor) -> None:
-        """Set mean and scale so that samples of these distributions (B, L, D) have mean 0 and deviation 1."""
-        # The variance of a mixture of normal distributions: of the means, plus the mean of the variances.
+        """Set mean and scale so that samples of these distributions (B, L, D) have mean 0 and standard deviation 1."""
+        # The variance of a mixture is the variance of the means plus the mean of the variances.
         variance = mean.var((0, 1), unbiased=False) + log_variance.exp().mean((0, 1))
         self.mean, self.scale = mean.mean((0, 1)), variance.clamp_min(1e-12).rsqrt()
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of normal distributions to the unit normal in nats, elementwise."""
+    """KL divergence of normal distributions from the standard normal in nats, elementwise."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 

@@ -1,4 +1,4 @@
-"""Vector quantization whose gradient passes through the index, and so reaches every code.
+"""Index backpropagation quantization: the gradient passes through the index, and so reaches every code.
 
 Paper: Scalable Image Tokenization with Index Backpropagation Quantization (Shi et al., arXiv 2412.02692), section 3.
 """
@@ -14,22 +14,22 @@ from vistok.utils.devices import without_autocast
 
 
 class IndexQuantizer(nn.Module):
-    """Replace each latent z by the code e of the largest product z.e.
+    """Replace each latent z by the code e of the largest dot product z.e.
 
-    The choice is differentiated as softmax(z.e): latents and all codes get a gradient. There is none straight through
-    to the latents.
+    The backward pass treats the choice as softmax(z.e), so latents and all codes get gradients. There is no
+    straight-through gradient to the latents.
 
-    Loss terms: "quantization" is the squared distance of latents and quantized latents, which trains both through the
-    index; "commitment" and "codebook" are those of ``VectorQuantizer``, with the code itself.
+    Loss terms: "quantization" is the squared distance of latents and quantized latents, and trains both through the
+    index; "commitment" and "codebook" are as in ``VectorQuantizer``.
 
     Args:
         codebook_size: number of codes K.
         dim: channels D of a code.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
 
     Raises:
-        ValueError: no codes.
+        ValueError: sizes below 1.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class IndexQuantizer(nn.Module):
         return ("quantization", "codebook", "commitment", *(("entropy",) if self.entropy else ()))
 
     def scores(self, latents: Tensor) -> Tensor:
-        """Products (..., K) of latents (..., D) with every code, in float32 whatever the precision around."""
+        """Dot products (..., K) of latents (..., D) with every code, in float32 even under autocast."""
         with without_autocast(latents.device):
             return latents.float() @ self.embedding.weight.float().T
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Ids (...) of the codes with the largest products with latents (..., D); the first of equals wins."""
+        """Ids (...) of the codes with the largest dot products with latents (..., D); the first of equals wins."""
         return self.scores(latents).argmax(-1)
 
     def neighbours(self, latents: Tensor, k: int) -> Tensor:
-        """Ids (..., k) of the codes with the k largest products, the largest first."""
+        """Ids (..., k) of the codes with the k largest dot products, the largest first."""
         return self.scores(latents).topk(k, dim=-1).indices
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class IndexQuantizer(nn.Module):
         return self.embedding(ids)
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize latents (B, L, D). Nothing is random: ``draws`` are not read."""
+        """Quantize latents (B, L, D); ``draws`` is unused."""
         scores = self.scores(latents)
         ids = scores.argmax(-1)
         codes = self.embedding(ids)
         with without_autocast(latents.device):
-            # Paper: onehot(argmax) + soft - sg(soft), times the codebook. The chosen code gets the codebook's own share
-            # of the gradient, the index the other; as a sum of both the value is the code to the last bit.
+            # Paper: (onehot(argmax) + soft - sg(soft)) @ codebook. Written as a sum, the value is exactly the code; the
+            # first part trains the chosen code, the second trains latents and all codes through the softmax.
             blend = scores.softmax(-1) @ self.embedding.weight.detach().float()
             quantized = codes + (blend - blend.detach())
             z = latents.float()

@@ -22,10 +22,10 @@ class LFQ(nn.Module):
     Args:
         dim: channels D, the bits of an id.
         entropy_temperature: temperature of the "entropy" term (``BitEntropyLoss``); None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
 
     Raises:
-        ValueError: no bits, or more than an id can hold.
+        ValueError: ``dim`` outside 1..62.
     """
 
     basis: Tensor
@@ -61,7 +61,7 @@ class LFQ(nn.Module):
     def neighbours(self, latents: Tensor, k: int) -> Tensor:
         """Ids (..., k) of the k codes nearest to latents (..., D), nearest first.
 
-        To flip the sign of channel c costs 4 |z_c| of squared distance, so the k cheapest sets of flips are found
+        Flipping the sign of channel c adds 4 |z_c| to the squared distance, so the k cheapest sets of flips are found
         channel by channel, without a table of all codes.
 
         Raises:
@@ -78,7 +78,7 @@ class LFQ(nn.Module):
         return self.encode(latents)[..., None].bitwise_xor(flips)
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize latents (B, L, D) with a straight-through gradient. Nothing is random: ``draws`` are not read."""
+        """Quantize latents (B, L, D) with a straight-through gradient; ``draws`` is unused."""
         ids = self.encode(latents)
         codes = self.ids_to_latents(ids).to(latents.dtype)
         losses = {"commitment": (latents - codes).float().square().mean(-1)}

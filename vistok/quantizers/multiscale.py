@@ -2,9 +2,9 @@
 
 VAR: Tian et al., arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
 
-A map is coded by grids of growing size. Each grid codes what the smaller ones left: the residual is averaged down to
-the grid, its nearest codes are scaled up again, refined by a convolution, and subtracted. Ids of all grids are one
-sequence, smallest grid first, in raster order inside a grid.
+A map is coded on grids of growing size. Each grid codes the residual of the smaller ones: the residual is averaged down
+to the grid; its nearest codes are scaled up again, refined by a convolution, and subtracted. The ids of all grids form
+one sequence, smallest grid first, in raster order inside a grid.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vistok.utils.devices import without_autocast
 
 Grid = tuple[int, int]
 NO_SHARE = 1e-6
-"""Refinement of at most this share is left out."""
+"""Refiners of at most this share are left out."""
 
 
 def as_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
-    """Scales given as sides of squares or as (height, width) as grids, all (height, width).
+    """Scales, given as sides of squares or as (height, width), as (height, width) grids.
 
     Raises:
-        ValueError: none, or sides that are no whole numbers of at least 1.
+        ValueError: no scales, or sides that are not whole numbers of at least 1.
     """
     given = scales if isinstance(scales, list | tuple) else ()
     sides = [tuple(scale) if isinstance(scale, list | tuple) else (scale, scale) for scale in given]
@@ -44,11 +44,11 @@ def as_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
 
 
 def refiner_of_scales(num_scales: int, num_refiners: int) -> tuple[int, ...]:
-    """Which of ``num_refiners`` convolutions each scale uses: the one whose tick is nearest to k / (num_scales - 1).
+    """The index of the convolution that each scale uses: scale k takes the tick nearest to k / (num_scales - 1).
 
-    Ticks go evenly from a to 1 - a with a = 1 / (2 K), but 1 / (3 K) for four; the first of equals wins. In double
-    precision, in which some ties (scales 2 and 7 of ten, with four convolutions) are none: released weights were
-    trained with what its rounding picks.
+    The K = ``num_refiners`` ticks lie evenly from a to 1 - a, with a = 1 / (2 K), but 1 / (3 K) for K = 4; the first of
+    equals wins. Computed in double precision, whose rounding breaks some ties (scales 2 and 7 of ten, for K = 4): the
+    released weights were trained with these choices.
     """
     margin = 1 / (3 if num_refiners == 4 else 2) / num_refiners
     ticks = np.linspace(margin, 1 - margin, num_refiners)
@@ -73,13 +73,13 @@ class MultiScaleQuantizer(nn.Module):
         codebook_size: number of codes K, shared by all scales.
         dim: channels D of a code.
         scales: grids, smallest first: sides of squares, or (height, width).
-        num_refiners: how many convolutions the scales share; each scale uses the nearest (``refiner_of_scales``).
-        refiner_share: how much a convolution counts beside the plain map; 0 leaves all of them out.
-        cosine: choose codes by the angle. What is emitted and subtracted is the code as it is, not normalised.
-        restart_after: training steps after which an unused code is moved onto a residual; 0 is never.
+        num_refiners: number of convolutions that the scales share (``refiner_of_scales``).
+        refiner_share: weight of the convolution against the plain map, see ``Refiner``; 0 leaves all of them out.
+        cosine: choose codes by cosine similarity. The codes that are returned and subtracted are not normalised.
+        restart_after: training steps after which an unused code is moved onto a residual; 0 turns this off.
 
     Raises:
-        ValueError: invalid scales, or a ``refiner_share`` above 0 without refiners.
+        ValueError: invalid scales, ``num_refiners`` below 1, or a ``refiner_share`` outside [0, 1].
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class MultiScaleQuantizer(nn.Module):
         return ("codebook", "commitment")
 
     def codes(self) -> Tensor:
-        """All codes (K, D), as they are emitted."""
+        """All codes (K, D), not normalised."""
         return self.codebook.embedding.weight
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
@@ -129,10 +129,10 @@ class MultiScaleQuantizer(nn.Module):
     # From a map to ids
 
     def levels(self, latents: Tensor, scales: Sequence[Grid] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scale by scale: the residual on the grid (B, n, D), its ids (B, n), and the map (B, D, h, w) so far.
+        """Yield for each scale the residual on its grid (B, n, D), its ids (B, n), and the map so far (B, D, h, w).
 
         Args:
-            scales: other grids than the quantizer's own; the last is that of the map.
+            scales: grids to use instead of the quantizer's own; the last is that of the map.
 
         Raises:
             ValueError: the last scale is not the map's.
@@ -152,15 +152,15 @@ class MultiScaleQuantizer(nn.Module):
             yield vectors, ids, so_far
 
     def encode(self, latents: Tensor, scales: Sequence[Grid] | None = None) -> Tensor:
-        """Ids (B, L) of the scales of maps (B, D, h, w), in float32 whatever the precision around."""
+        """Ids (B, L) of the scales of maps (B, D, h, w), computed in float32 even under autocast."""
         with without_autocast(latents.device):
             return torch.cat([ids for _, ids, _ in self.levels(latents, scales)], 1)
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize maps (B, D, h, w). ``quantized`` is a map, too; the terms are (B, h * w), means over the scales.
+        """Quantize maps (B, D, h, w). ``quantized`` is a map too; loss terms are (B, h * w), means over the scales.
 
-        The gradient of ``quantized`` reaches the latents alone. Codes and refiners learn from the term "codebook",
-        which compares the map after every scale with the latents.
+        The gradient of ``quantized`` reaches only the latents. Codes and refiners learn from the term "codebook", which
+        compares the map after every scale with the latents. ``draws`` is unused.
         """
         with without_autocast(latents.device):
             latents = latents.float()
@@ -190,7 +190,7 @@ class MultiScaleQuantizer(nn.Module):
         return self.refiners[refiner_of_scales(len(grids), len(self.refiners))[k]](x)
 
     def maps(self, tokens: Tensor, scales: Sequence[Grid] | None = None) -> Iterator[Tensor]:
-        """The map (B, D, h, w) after each scale.
+        """Yield the sum (B, D, h, w) of the scales so far, after each scale.
 
         Args:
             tokens: ids (B, n) or code vectors (B, n, D) of the first scales, or of all.
@@ -211,7 +211,7 @@ class MultiScaleQuantizer(nn.Module):
         return last
 
     def next_input(self, so_far: Tensor, grid: Grid) -> Tensor:
-        """The map so far on the next grid: averaged down."""
+        """The map so far, averaged down to the next grid."""
         return _averaged(so_far, grid)
 
     def _grids(self, scales: Sequence[Grid] | None) -> tuple[Grid, ...]:
@@ -219,10 +219,10 @@ class MultiScaleQuantizer(nn.Module):
 
 
 def whole_scales(count: int, grids: Sequence[Grid]) -> list[int]:
-    """The sizes of the first scales that have ``count`` tokens together.
+    """The sizes of the first scales, which have ``count`` tokens together.
 
     Raises:
-        ValueError: they end within a scale, or there are none or too many.
+        ValueError: ``count`` is 0, too large, or ends within a scale.
     """
     sizes, sums = [math.prod(grid) for grid in grids], np.cumsum([math.prod(grid) for grid in grids]).tolist()
     if count not in sums:
@@ -233,12 +233,12 @@ def whole_scales(count: int, grids: Sequence[Grid]) -> list[int]:
 
 
 def _averaged(x: Tensor, grid: Grid) -> Tensor:
-    """A map (B, D, h, w) averaged over the areas of a grid."""
+    """A map (B, D, h, w) averaged over the cells of a grid."""
     return x if x.shape[-2:] == grid else F.interpolate(x, size=grid, mode="area")
 
 
 class QuantizesScales(Protocol):
-    """A quantizer of growing grids with one id per place, as a next-scale generator needs it."""
+    """A quantizer on growing grids with one id per position, as a next-scale generator needs it."""
 
     scales: tuple[Grid, ...]
 
@@ -259,12 +259,12 @@ class QuantizesScales(Protocol):
 
 
 class ScaleExpander(Expander):
-    """The inputs of a next-scale generator: for each scale the map of the smaller ones on its grid.
+    """Makes the inputs of a next-scale generator: for each scale, the sum of the smaller scales on its grid.
 
-    The first scale has no input, so those of whole sequences (B, L) are (B, L - n, D), n being its tokens.
+    The first scale, of n tokens, has no input: a whole sequence (B, L) gives inputs (B, L - n, D).
 
     Attributes:
-        so_far: the map (B, D, h, w) after the scales that ``step`` has seen.
+        so_far: the sum (B, D, h, w) of the scales that ``step`` was given; None before the first.
     """
 
     def __init__(self, quantizer: QuantizesScales):
@@ -285,8 +285,8 @@ class ScaleExpander(Expander):
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, m, D) of the next scale, after the ids (B, n) or code vectors (B, n, D) of one; none after the
-        last."""
+        """Inputs (B, m, D) of the next scale, from ids (B, n) or code vectors (B, n, D) of this one. After the last
+        scale m is 0."""
         tokens = tokens.to(self.codes.device)
         codes = tokens if tokens.is_floating_point() else self._quantizer.ids_to_latents(tokens)
         part = self._quantizer.enlarge(codes, self._seen)

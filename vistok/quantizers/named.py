@@ -1,6 +1,6 @@
 """Quantizers by name, which tokenizers of a raster or a sequence take in place of their own.
 
-Those of one grid give an id for each latent, those of growing grids the ids of all scales (``ScaledQuantizer``).
+Single-scale quantizers give one id per latent, multi-scale ones the ids of all scales (``ScaledQuantizer``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from vistok.config import build, suggestion
 from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.index import IndexQuantizer
 from vistok.quantizers.lfq import LFQ
@@ -19,6 +18,8 @@ from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.quantizers.spherical import BSQ
 from vistok.quantizers.stochastic import StochasticQuantizer
 from vistok.quantizers.vq import VectorQuantizer
+from vistok.signatures import build
+from vistok.utils.spelling import suggestion
 
 QUANTIZERS: dict[str, type[nn.Module]] = {
     "vq": VectorQuantizer,
@@ -33,15 +34,15 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
 
 
 def chosen_quantizer(config: Mapping[str, Any] | None, dim: int | None, own: Callable[[], nn.Module]) -> Any:
-    """The quantizer that a config describes (``build_quantizer``), or the tokenizer's ``own`` where it has none."""
+    """The quantizer of a config (``build_quantizer``), or the tokenizer's ``own()`` if the config is None."""
     return own() if config is None else build_quantizer(config, dim)
 
 
 def build_quantizer(config: Mapping[str, Any], dim: int | None) -> Any:
-    """The quantizer that a config describes: ``name``, a key of ``QUANTIZERS``, and the arguments of its class.
+    """Build the quantizer of a config: ``name``, a key of ``QUANTIZERS``, and the arguments of its class.
 
     Args:
-        dim: channels of the latents; the class's ``dim``, which the config leaves out. None leaves it to the config.
+        dim: channels of the latents, which become the class's ``dim``. None takes ``dim`` from the config.
 
     Raises:
         ValueError: an unknown name, arguments that the class does not take, or another number of channels.

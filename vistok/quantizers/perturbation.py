@@ -1,4 +1,4 @@
-"""Perturbation of latents: tokens are exchanged for near ones, as a generator's errors do.
+"""Perturbation of latents: tokens are exchanged for near ones, to imitate errors of a generator.
 
 Qiu et al., "Robust Latent Matters" (arXiv 2503.08354) and "Image Tokenizer Needs Post-Training" (arXiv 2509.12474).
 Training on such latents makes a decoder tolerate the errors; pFID measures how much they harm it.
@@ -22,9 +22,10 @@ class Perturbation:
 
     Attributes:
         rate: alpha, the probability with which a token is exchanged, in [0, 1].
-        share: beta, the share of the images of a batch whose tokens are exchanged, in [0, 1].
-        strength: delta, the number of nearest codes among which the new one is drawn. The nearest is one of them, so
-            the share of changed tokens is alpha (1 - 1 / delta). At most the codebook's size counts.
+        share: beta, the share of the images of a batch whose tokens are exchanged, in [0, 1]; their number is rounded
+            down.
+        strength: delta, the number of nearest codes among which the new one is drawn, clamped to the codebook's size.
+            The nearest is one of them, so the share of changed tokens is alpha (1 - 1 / delta).
 
     Raises:
         ValueError: a value out of its range.
@@ -52,13 +53,13 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class Annealing:
-    """A ratio that is 1 until ``start``, falls evenly towards 1 - ``end_ratio``, and is ``end_ratio`` from ``end`` on.
+    """A ratio that is 1 until ``start``, falls linearly to 1 - ``end_ratio`` at ``end``, and is ``end_ratio`` after it.
 
-    With an ``end_ratio`` other than 0.5 it jumps at ``end``: that is how the reference has it. Times are in
-    whatever unit the caller counts (epochs there).
+    With an ``end_ratio`` other than 0.5 it jumps after ``end``, as in the reference. The caller chooses the unit of
+    time (epochs in the reference).
 
     Raises:
-        ValueError: times that do not rise, or a ratio outside [0, 1].
+        ValueError: ``start`` is negative or after ``end``, or a ratio outside [0, 1].
     """
 
     start: float = 40
@@ -81,18 +82,18 @@ class Annealing:
 
 
 def perturbation_draws(keys: Keys, length: int) -> Draws:
-    """What ``perturb`` consumes for sequences of ``length``: two (B, L) of uniform numbers."""
+    """The draws of ``perturb`` for sequences of ``length``: two tensors (B, L) of uniform numbers."""
     return {name: keys.uniform(name, length) for name in (EXCHANGE, RANK)}
 
 
 def ranks(rate: float, strength: int, draws: Draws) -> Tensor:
-    """(B, L) int64: which of its nearest codes each token becomes, 0 being the nearest; drawn evenly."""
+    """(B, L) int64, the rank of the code that each token becomes, drawn uniformly; 0 is the nearest code."""
     drawn = (draws[RANK] * strength).long().clamp_max(strength - 1)
-    return torch.where(draws[EXCHANGE] <= rate, drawn, 0)
+    return torch.where(draws[EXCHANGE] < rate, drawn, 0)
 
 
 def perturb(neighbours: Tensor, rate: float, strength: int, draws: Draws) -> Tensor:
-    """Exchange tokens for one of their ``strength`` nearest codes, drawn evenly, each with probability ``rate``.
+    """Exchange each token, with probability ``rate``, for a code drawn uniformly from the ``strength`` nearest ones.
 
     Args:
         neighbours: (B, L, k) ids, k >= strength, nearest to the encoder's output first, as ``quantizer.neighbours``

@@ -1,4 +1,4 @@
-"""Restart of dead codes: codes that nobody chooses are moved to where the latents are."""
+"""Restart of dead codes: codes that are never chosen move onto latents."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from vistok.utils.processes import group_size
 class CodeRestart(nn.Module):
     """Moves every code that was not chosen for ``patience`` steps onto a random latent of the current batch.
 
-    A forward pass counts and picks new places; ``move`` puts the dead codes there, after the backward pass and before
-    the optimizer's step. (Until then gradients need the old codes, and FSDP2 would forget what a forward pass writes
-    into a weight.) All codes start as dead, so the first batch places the codebook among the latents. Jukebox (arXiv
-    2005.00341, section 3.1) restarts codes like this.
+    A forward pass counts unused steps and picks latents; ``move`` moves the dead codes, after the backward pass and
+    before the optimizer's step. (Gradients need the old codes until then, and FSDP2 would lose what a forward pass
+    writes into a weight.) Counts start at ``patience``, so all codes that the first batch does not choose move onto its
+    latents. Jukebox (arXiv 2005.00341, section 3.1) restarts codes like this.
 
-    Several processes make the same picks, from the batch of all of them. Random numbers come from torch's global
-    generator, that of the first process.
+    All processes make the same picks, from the batches of all of them. Random numbers come from torch's global
+    generator of the first process.
 
     Args:
         codebook_size: number of codes K.
         dim: channels D of a code.
-        patience: training steps that a code may go unused.
+        patience: number of training steps that a code may be unused.
     """
 
     idle: Tensor
@@ -38,8 +38,8 @@ class CodeRestart(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents: Tensor, ids: Tensor) -> None:
-        """Count unused steps, and pick new places, after latents (..., D) were given codes ids (...)."""
-        used = torch.zeros_like(self.idle).scatter_(0, ids.flatten(), 1)  # bincount would wait for the device
+        """Count unused steps and pick latents, from latents (..., D) and the ids (...) of their codes."""
+        used = torch.zeros_like(self.idle).scatter_(0, ids.flatten(), 1)  # bincount would synchronise with the device
         if group_size() > 1:
             distributed.all_reduce(used, op=distributed.ReduceOp.MAX)
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
@@ -52,19 +52,19 @@ class CodeRestart(nn.Module):
         process, row = chosen // count, chosen % count
         if size == 1:
             return latents[row].to(self.places.dtype)
-        # Sums, also where a broadcast would do: torch.compile takes them into its graph.
+        # all_reduce instead of broadcast: torch.compile takes it into its graph.
         choice = torch.stack([process, row]) * (distributed.get_rank() == 0)
         distributed.all_reduce(choice)
         process, row = choice
-        own = latents[row % count].to(self.places.dtype)  # fewer than the first process has, if images were unreadable
+        own = latents[row % count].to(self.places.dtype)  # this process has fewer if images of it were unreadable
         picks = torch.where((process == distributed.get_rank())[:, None], own, 0)
         distributed.all_reduce(picks)
         return picks
 
     @torch.no_grad()
     def move(self, codebook: Tensor) -> None:
-        """Move the dead codes of ``codebook`` (K, D) to the places that the last forward pass picked."""
+        """Move the dead codes of ``codebook`` (K, D) onto the latents that the last forward pass picked."""
         dead = self.idle > self.patience
-        # Written without a branch on the device's data, which would wait for the device at every step.
+        # Without a branch on device data, which would synchronise at every step.
         codebook.copy_(torch.where(dead[:, None], self.places, codebook))
         self.idle.masked_fill_(dead, 0)

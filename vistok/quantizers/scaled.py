@@ -1,4 +1,4 @@
-"""Growing grids for tokenizers that hand a quantizer sequences (B, L, D), which are the last grid row by row."""
+"""Multi-scale quantization of sequences (B, L, D) that are a latent map in raster order."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vistok.utils.devices import without_autocast
 
 
 class PackedBSQ(nn.Module, DrawsInTraining):
-    """``MultiScaleBSQ`` of images, the bits of a place packed into one id as ``LFQ`` packs them.
+    """``MultiScaleBSQ`` of images, with the bits of a position packed into one id as in ``LFQ``.
 
-    Bitwise self-correction (Infinity, arXiv 2412.04431, section 3.3): in training random bits are turned, and what that
-    spoils is left to the later scales, so that the decoder, or a generator (``corrected``), sees repaired mistakes.
+    Bitwise self-correction (Infinity, arXiv 2412.04431, section 3.3): training flips random bits. Later scales code the
+    error too, so that the decoder, or a generator (``BitExpander.correct``), sees repaired mistakes.
 
     Args:
         dim: channels D, the bits of an id.
@@ -32,10 +32,10 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         decay: as in ``MultiScaleBSQ``.
         entropy_temperature: temperature of the "entropy" term over the normalised residuals of all scales, as in
             ``BSQ``; None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
-        self_correction: bits of a scale are turned with a probability that is drawn for each batch and scale, in
-            hundredths from 0 to this (the paper's 0.3); 0 turns none.
-        corrected_scales: in how many scales, from the smallest; None is all.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
+        self_correction: largest flip probability of a bit. A probability is drawn for each batch and scale, in
+            hundredths from 0 to this value (0.3 in the paper); 0 flips none.
+        corrected_scales: number of scales with flips, from the smallest; None is all.
 
     Raises:
         ValueError: more bits than an id can hold, invalid scales, or a probability outside [0, 1].
@@ -75,7 +75,7 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         return self.ids_to_latents(torch.arange(self.codebook_size, device=self.packing.basis.device))
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
-        """Codes (..., D) of length one of ids (...)."""
+        """Codes (..., D), of length one, of ids (...)."""
         return self.packing.ids_to_latents(ids) / math.sqrt(self.dim)
 
     def pack(self, bits: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class PackedBSQ(nn.Module, DrawsInTraining):
     # -----------------------------------------------------------------------------------------------------------------
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Ids (B, L) of maps (B, D, h, w), in float32 whatever the precision around."""
+        """Ids (B, L) of maps (B, D, h, w), computed in float32 even under autocast."""
         with without_autocast(latents.device):
             return self.pack(self.bits.encode(latents.float()))
 
@@ -94,7 +94,14 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         return self.bits.correction_draws(keys) if self.self_correction else {}
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize maps (B, D, h, w); the ids are those of the map that comes out, with turned bits in training."""
+        """Quantize maps (B, D, h, w). The ids are those of the quantized map, in training with flipped bits.
+
+        Args:
+            draws: from ``training_draws``, needed in training with ``self_correction``.
+
+        Raises:
+            ValueError: draws are missing, or maps of another shape.
+        """
         flips = None
         if self.training and self.self_correction:
             if not draws or "flips" not in draws:
@@ -111,7 +118,7 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         return QuantizerOutput(levels[-1].so_far.view(latents.shape), ids, losses, self.codebook_size)
 
     def _flips(self, draws: Draws) -> Tensor:
-        """(B, L, D) bool, the bits that are turned."""
+        """(B, L, D) bool, True where a bit is flipped."""
         strengths = self.bits.drawn_strengths(draws, self.self_correction, self.corrected_scales)
         sizes = torch.tensor([math.prod(grid) for grid in self.scales], device=strengths.device)
         return draws["flips"] < strengths.repeat_interleave(sizes)[:, None]
@@ -125,7 +132,10 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         return self.bits.enlarged(grid, k).squeeze(2)
 
     def maps(self, tokens: Tensor) -> Iterator[Tensor]:
-        """The map (B, D, h, w) after each scale, of ids (B, n) or code vectors (B, n, D) of the first scales or of all.
+        """Yield the sum (B, D, h, w) of the scales so far, after each scale.
+
+        Args:
+            tokens: ids (B, n) or code vectors (B, n, D) of the first scales, or of all.
 
         Raises:
             ValueError: the tokens end within a scale.
@@ -142,14 +152,14 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         return last
 
     def next_input(self, so_far: Tensor, grid: Grid) -> Tensor:
-        """The map so far on the next grid: scaled without smoothing, as the released transformer reads it."""
+        """The map so far, resized to the next grid without antialiasing, as the released transformer reads it."""
         return so_far if so_far.shape[-2:] == grid else F.interpolate(so_far, size=grid, mode="bilinear")
 
 
 class ScaledQuantizer(nn.Module, DrawsInTraining):
-    """A quantizer of maps (B, D, h, w) for latents (B, h * w, D).
+    """Applies a multi-scale quantizer of maps (B, D, h, w) to latents (B, h * w, D).
 
-    Its ids are (B, L) of all scales, smallest first; ``ids_to_latents`` gives what they add up to.
+    Ids (B, L) are those of all scales, smallest first; ``ids_to_latents`` returns the sum of the scales.
 
     Args:
         of_maps: the quantizer; its last grid is the raster of the latents.
@@ -183,7 +193,10 @@ class ScaledQuantizer(nn.Module, DrawsInTraining):
         return self.of_maps.encode(self._map(latents))
 
     def ids_to_latents(self, tokens: Tensor) -> Tensor:
-        """The sum (B, h * w, D) of the scales of ids (B, n) of the first ones, or of all, or of code vectors (B, n, D).
+        """The sum (B, h * w, D) of the scales.
+
+        Args:
+            tokens: ids (B, n) or code vectors (B, n, D) of the first scales, or of all.
 
         Raises:
             ValueError: the tokens end within a scale.
@@ -200,10 +213,10 @@ class ScaledQuantizer(nn.Module, DrawsInTraining):
         return BitExpander(of_maps) if isinstance(of_maps, PackedBSQ) else ScaleExpander(of_maps)
 
     def spec_of(self, spec: TokenSpec) -> TokenSpec:
-        """The tokens of all scales, of a tokenizer whose latents are as many as ``spec`` says.
+        """The TokenSpec of all scales, for a tokenizer whose latents ``spec`` describes.
 
         Raises:
-            ValueError: the last scale is not the raster of the latents, or prefixes of them decode.
+            ValueError: the last scale is not the raster of the latents, or the tokenizer decodes prefixes.
         """
         last = self.scales[-1]
         if spec.prefix_step is not None:
@@ -223,7 +236,7 @@ class ScaledQuantizer(nn.Module, DrawsInTraining):
 
 
 class BitExpander(ScaleExpander):
-    """The inputs of a next-scale generator, and with turned bits its inputs and targets for self-correction."""
+    """Makes the inputs of a next-scale generator and, from flipped bits, its inputs and targets of self-correction."""
 
     def __init__(self, quantizer: PackedBSQ):
         super().__init__(quantizer)
@@ -243,5 +256,5 @@ class BitExpander(ScaleExpander):
 
 
 def spec_of(quantizer: nn.Module, spec: TokenSpec) -> TokenSpec:
-    """The tokens that a quantizer makes of latents as many as ``spec`` says: those of its scales, if it has any."""
+    """The TokenSpec of a quantizer on latents that ``spec`` describes: ``spec`` itself unless there are scales."""
     return quantizer.spec_of(spec) if isinstance(quantizer, ScaledQuantizer) else spec

@@ -1,4 +1,4 @@
-"""Stochastic vector quantization: in training a code is drawn, the likelier the nearer it is.
+"""Stochastic vector quantization: in training, codes are drawn with probabilities that rise with their similarity.
 
 LARP (arXiv 2410.21264, section 3.2), github.com/hywang66/LARP.
 """
@@ -17,18 +17,18 @@ from vistok.utils.devices import without_autocast
 
 
 class StochasticQuantizer(nn.Module, DrawsInTraining):
-    """Replace each latent vector z by a code e drawn from softmax(z . e / temperature), or by the likeliest one.
+    """Replace each latent vector z by a code e drawn from softmax(z . e / temperature), or by the most likely one.
 
-    Computes in float32 whatever the precision around it. Gradients pass straight through to the normalised latents.
+    Computes in float32 even under autocast. Straight-through gradients go to the normalised latents.
 
     Args:
         codebook_size: number of codes K.
         dim: channels D of a code.
         normalize: compare and emit l2-normalised vectors, so that z . e is a cosine.
-        temperature: of the softmax, positive; "learned" trains its inverse, from 10 on.
+        temperature: softmax temperature, positive; "learned" trains its inverse, which starts at 10.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: sizes below 1, or a temperature that is not positive.
     """
 
     loss_terms: tuple[str, ...] = ("codebook", "commitment")
@@ -42,6 +42,8 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         temperature: float | Literal["learned"] = 0.03,
     ):
         super().__init__()
+        if min(codebook_size, dim) < 1:
+            raise ValueError(f"codebook_size and dim must be at least 1, got {codebook_size} and {dim}")
         if temperature != "learned" and not temperature > 0:
             raise ValueError(f"temperature must be positive or 'learned', got {temperature}")
         self.codebook_size, self.dim, self.normalize = codebook_size, dim, normalize
@@ -58,7 +60,7 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         return self._norm(self.embedding.weight)
 
     def similarities(self, latents: Tensor) -> Tensor:
-        """Products (..., K) of latents (..., D) with every code: cosines if the quantizer normalises."""
+        """Dot products (..., K) of latents (..., D) with every code: cosines if the quantizer normalises."""
         with without_autocast(latents.device):
             return self._norm(latents) @ self.codes().T
 
@@ -67,7 +69,7 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         return (self.similarities(latents) * self.inverse_temperature).softmax(-1)
 
     def encode(self, latents: Tensor, *, draws: Draws | None = None) -> Tensor:
-        """Ids (B, L) of latents (B, L, D): the likeliest codes, or drawn ones where ``draws`` has "codes" (B, L)."""
+        """Ids (B, L) of latents (B, L, D): the most likely codes, or drawn ones if ``draws`` has "codes" (B, L)."""
         if draws is None or "codes" not in draws:
             return self.similarities(latents).argmax(-1)
         probabilities = self.assignment_probabilities(latents)
@@ -79,7 +81,7 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         return {"codes": keys.uniform("codes", length)}
 
     def neighbours(self, latents: Tensor, k: int) -> Tensor:
-        """Ids (..., k) of the k likeliest codes, likeliest first."""
+        """Ids (..., k) of the k most likely codes, the most likely first."""
         return self.similarities(latents).topk(k, dim=-1).indices
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         """Quantize latents (B, L, D).
 
         Args:
-            draws: "codes", uniform numbers (B, L) by which codes are drawn; without them the likeliest are taken.
+            draws: "codes", uniform numbers (B, L) that draw the codes; without them the most likely ones are taken.
         """
         with torch.no_grad():
             ids = self.encode(latents, draws=draws)

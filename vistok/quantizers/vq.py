@@ -6,6 +6,7 @@ VQ-VAE: van den Oord et al., arXiv 1711.00937. Factorised, l2-normalised codes: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -31,22 +32,22 @@ class VectorQuantizer(nn.Module, AfterBackward):
         codebook_size: number of codes K.
         dim: channels D of a code.
         normalize: compare and emit l2-normalised vectors (the cosine codebook of ViT-VQGAN and LlamaGen).
-        gradient: how the gradient passes. Straight through: to the "raw" latents (ViT-VQGAN), or to the "normalised"
-            ones (LlamaGen), through whose normalisation it then flows. "rotation" makes codes from the latents that
-            are compared, by a rotation and a scaling that count as constant (``rotate_to``), in evaluation too.
-        init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
+        gradient: how the gradient passes the quantizer. "raw" and "normalised" are straight-through estimators: "raw"
+            (ViT-VQGAN) bypasses the normalisation of the latents, "normalised" (LlamaGen) passes through it.
+            "rotation" is the rotation trick (``rotate_to``); its output is the code up to rounding, in evaluation too.
+        init: "normal" is N(0, 1); "uniform" is U(-1/K, 1/K), with rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
-        restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
+        restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is off.
             A training loop calls ``after_backward`` between the backward pass and the step of its optimizer.
         clustering: in training, move rarely chosen codes towards the latents nearest to them (``CodeClustering``).
             Needs the same call.
 
     Raises:
-        ValueError: no codes, or both ways of moving codes at once.
+        ValueError: an unknown ``gradient``, sizes below 1, or ``restart_after`` together with ``clustering``.
 
     Attributes:
-        perturbation: in training, exchange tokens of some images for near codes behind the loss terms, which see the
-            clean ones; needs the draws. A run sets it; it is no part of the saved model.
+        perturbation: if set, training exchanges tokens of some images for near codes, after the loss terms were
+            computed on the clean ones. ``forward`` then needs ``draws``. It is not saved with the model.
     """
 
     perturbation: Perturbation | None = None
@@ -96,8 +97,8 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return self._norm(self.embedding.weight)
 
     def distances(self, latents: Tensor) -> Tensor:
-        """Squared distances (..., K) of latents (..., D) to every code, in float32 whatever the precision around:
-        in bfloat16 several percent of the latents would be nearest to another code."""
+        """Squared distances (..., K) of latents (..., D) to every code, in float32 even under autocast: in bfloat16
+        several percent of the latents would get another code."""
         with without_autocast(latents.device):
             z, codes = self._norm(latents.float()), self._norm(self.embedding.weight.float())
             squares = z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(-1)
@@ -116,13 +117,19 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return self._norm(self.embedding(ids))
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize latents (B, L, D); ``draws`` are those of the perturbation, if there is one."""
+        """Quantize latents (B, L, D). ``draws`` come from ``perturbation_draws``, needed if ``perturbation`` is set."""
         distances = self.distances(latents)
-        ids = distances.argmin(-1)
+        output = self.assign(latents, distances, draws=draws)
         if self.training and self.restart is not None:
-            self.restart(latents, ids)
+            self.restart(latents, output.ids)
         if self.training and self.clustering is not None:
-            self.clustering(latents, distances, ids)
+            self.clustering(latents, distances, output.ids)
+        return output
+
+    def assign(self, latents: Tensor, distances: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """As ``forward``, from latents (B, L, D) and their ``distances`` (B, L, K), without a step of ``restart`` or
+        ``clustering``."""
+        ids = distances.argmin(-1)
         codes, normalised = self.ids_to_latents(ids), self._norm(latents)
         losses = {
             "codebook": (codes - normalised.detach()).pow(2).mean(-1),
@@ -141,7 +148,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
 
     @torch.no_grad()
     def _perturbed(self, perturbation: Perturbation, codes: Tensor, distances: Tensor, draws: Draws | None) -> Tensor:
-        """The codes (B, L, D), those of the first images of the batch exchanged for near ones."""
+        """Codes (B, L, D), in which some codes of the first images of the batch are exchanged for near ones."""
         if draws is None or EXCHANGE not in draws:
             raise ValueError("a perturbation of latents is random: pass perturbation_draws(keys, length)")
         count = perturbation.rows(len(codes))
@@ -151,7 +158,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return torch.cat([self.ids_to_latents(ids), codes[count:]])
 
     def after_backward(self) -> None:
-        """Move codes that have gone unused for ``restart_after`` steps, or are rare, to latents, if that is on."""
+        """Move codes that are dead (``restart_after``) or rare (``clustering``) to latents, if one of these is on."""
         for mover in (self.restart, self.clustering):
             if mover is not None:
                 mover.move(self.embedding.weight)
@@ -161,11 +168,13 @@ class VectorQuantizer(nn.Module, AfterBackward):
 
 
 def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:
-    """The rotation trick: codes (..., D) as a rotation and a scaling of latents (..., D), both constant.
+    """The rotation trick: map latents (..., D) to their codes (..., D) by a rotation and a scaling that are constants
+    in the backward pass.
 
-    With u and q the directions of latents and codes, and w that of u + q, a latent z becomes
-    (z - 2 (z.w) w + 2 (z.u) q) |code| / |z|: the code, up to rounding. Its gradient is turned as the latent was, so
-    latents on different sides of a code move apart or together (arXiv 2410.06424, section 4). Codes get no gradient.
+    With u and q the directions of latent and code, and w the direction of u + q, a latent z becomes
+    (z - 2 (z.w) w + 2 (z.u) q) |code| / |z|, which is the code up to rounding. The gradient passes through this linear
+    map, so latents on different sides of a code move apart or together (arXiv 2410.06424, section 4). Codes get no
+    gradient.
     """
     eps = 1e-6
     with torch.no_grad():
@@ -177,14 +186,19 @@ def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:
 
 
 class ResidualQuantizer(nn.Module):
-    """Quantize a latent in ``depth`` levels with one shared codebook; each level codes what the earlier ones left.
+    """Quantize a latent in ``depth`` levels with one shared codebook; each level codes the residual of earlier ones.
 
-    The residual starts at the detached latents, so the encoder learns through the straight-through gradient alone,
-    while later levels do train the codes of earlier ones (enhancing-transformers' variant).
+    The residual starts at the detached latents: the encoder gets the straight-through gradient only, while the loss
+    terms of later levels train the codes of earlier ones (the variant of enhancing-transformers).
+
+    Raises:
+        ValueError: a ``quantizer`` with clustering.
     """
 
     def __init__(self, quantizer: VectorQuantizer, depth: int):
         super().__init__()
+        if quantizer.clustering is not None:
+            raise ValueError("a residual quantizer cannot cluster its codes; restart_after moves those that are unused")
         self.quantizer, self.depth = quantizer, depth
 
     @property
@@ -195,32 +209,34 @@ class ResidualQuantizer(nn.Module):
     def loss_terms(self) -> tuple[str, ...]:
         return self.quantizer.loss_terms
 
-    def _levels(self, latents: Tensor) -> list[QuantizerOutput]:
-        residual, levels = latents.detach(), []
+    def _levels(self, latents: Tensor) -> Iterator[tuple[Tensor, QuantizerOutput]]:
+        """Yield the residual (B, L, D) that each level codes, and what the quantizer makes of it."""
+        residual = latents.detach()
         for _ in range(self.depth):
-            level = self.quantizer(residual)
+            level = self.quantizer.assign(residual, self.quantizer.distances(residual))
+            yield residual, level
             residual = residual - self.quantizer.ids_to_latents(level.ids)
-            levels.append(level)
-        return levels
 
     def encode(self, latents: Tensor) -> Tensor:
         """Ids (..., depth) of latents (..., D)."""
-        return torch.stack([level.ids for level in self._levels(latents)], -1)
+        return torch.stack([level.ids for _, level in self._levels(latents)], -1)
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
         """Sums (..., D) of the codes of ids (..., n), n <= depth: fewer levels give a coarser latent."""
         return self.quantizer.ids_to_latents(ids).sum(-2)
 
     def _pass_gradient(self, latents: Tensor, codes: Tensor) -> Tensor:
-        """Sums of codes are not normalised, and neither is what carries their gradient."""
+        """Codes (..., D) with a gradient to the raw latents: sums of codes are not normalised either."""
         if self.quantizer.gradient == "rotation":
             return rotate_to(latents, codes)
         return latents + (codes - latents).detach()
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
         """Quantize latents (B, L, D); ids are (B, L, depth), losses the mean over levels."""
-        levels = self._levels(latents)
+        residuals, levels = zip(*self._levels(latents))
         ids = torch.stack([level.ids for level in levels], -1)
+        if self.training and self.quantizer.restart is not None:
+            self.quantizer.restart(torch.stack(residuals, -2), ids)  # all levels at once: they share the codes
         losses = {name: torch.stack([level.losses[name] for level in levels]).mean(0) for name in levels[0].losses}
         quantized = self._pass_gradient(latents, self.ids_to_latents(ids))
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)

@@ -17,7 +17,7 @@ from vistok.eval.video import psnr
 from vistok.quickstart.scores import CLASSES, cached_tokens, encode, reconstruct, repeated_ids
 from vistok.tokenizers.base import Tokenizer
 
-COPIES = "equal to the tokens of a training clip as it is, or of any view that the generator trained on"
+COPIES_OF_CLIPS = "equal to the tokens of a training clip as it is, or of any view that the generator trained on"
 FLOOR = 0.25  # brightness in [0, 1] above which a pixel belongs to the digit
 
 

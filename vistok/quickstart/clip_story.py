@@ -291,8 +291,9 @@ def _next_commands(out: Path, given: int) -> list[str]:
         f"vistok train {generator}/config.yaml output_dir=runs/generator tokens=tokens/",
         "vistok sample runs/generator --num 100 --out samples/",
         "",
-        "# The recipe of the paper: configs/ucf101 and configs/k600",
-        "vistok configs",
+        "# The recipes of the paper",
+        "vistok configs ucf101/larp",
+        "vistok configs k600/larp",
     ]
 
 

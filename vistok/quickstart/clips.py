@@ -9,7 +9,7 @@ import torch
 from vistok.pipelines import Pipeline
 from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.clip_scores import (
-    COPIES,
+    COPIES_OF_CLIPS,
     Clips,
     fit_frame_classifier,
     load_clips,
@@ -64,7 +64,7 @@ def present(chain: Chain, stages: Stages) -> Outcome:
         "predicted_clips": len(predicted),
         "frames": length,
         "given_frames": given,
-        "copies": COPIES,
+        "copies": COPIES_OF_CLIPS,
         **chain.facts,
     }
     spec = pipe.tokenizer.spec

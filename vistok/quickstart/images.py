@@ -9,7 +9,16 @@ import torch
 from vistok.data.captions import spell_digit
 from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.console import Stages
-from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
+from vistok.quickstart.scores import (
+    CLASSES,
+    COPIES_OF_IDS,
+    COPIES_OF_LATENTS,
+    Digits,
+    equal_counts,
+    fit_classifier,
+    load_digits,
+    score,
+)
 from vistok.quickstart.story import curves, draw, score_lines, write_story
 
 
@@ -45,7 +54,7 @@ def present(chain: Chain, stages: Stages) -> Outcome:
         "held_out_digits": len(held_out),
         "generated_digits": len(generated),
         "frechet_digits": int(equal_counts(generated, held_out).sum()),
-        "copies": COPIES[pipe.tokenizer.spec.discrete],
+        "copies": COPIES_OF_IDS if pipe.tokenizer.spec.discrete else COPIES_OF_LATENTS,
         **chain.facts,
     }
     spec = pipe.tokenizer.spec

@@ -20,11 +20,12 @@ from vistok.tokenizers.base import Tokenizer
 
 CLASSES = 10
 AUGMENTATION = Affine(degrees=10, translate=0.06, scale=0.1)
-COPIES = {  # the definition of a copy for discrete (True) and continuous tokens
-    True: "equal to the tokens of a training digit as it is, or of any view that the generator trained on",
-    False: "as close to the latents of a training digit, as it is or in a view that the generator trained on, as a "
-    "held-out digit's latents are to those of its own reconstruction (median)",
-}
+# The definition of a copy.
+COPIES_OF_IDS = "equal to the tokens of a training digit as it is, or of any view that the generator trained on"
+COPIES_OF_LATENTS = (
+    "as close to the latents of a training digit, as it is or in a view that the generator trained on, as a held-out "
+    "digit's latents are to those of its own reconstruction (median)"
+)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def write_story(
         sections=[
             Section("Generated digits", [_samples(pictures)]),
             Section("Scores", [ScoreTable(lines), Paragraph(NOTE)]),
-            Section("New, or copied?", [Paragraph(COPIES), _nearest(pictures)]),
+            Section("New, or copied?", [Paragraph(ABOUT_COPIES), _nearest(pictures)]),
             Section(f"What {count} keep of an image", [_reconstructions(pictures), *_coarse_to_fine(pictures)]),
             Section("Training curves", [curves]),
             Section("Go on", [Commands(_next_commands(path.parent))]),
@@ -190,7 +190,7 @@ def write_story(
 
 SCALE = 1.0
 """CSS pixels per pixel of the pictures, which are already enlarged."""
-COPIES = (
+ABOUT_COPIES = (
     "There are so few training digits that a generator could learn them by heart. It trains on many slightly turned, "
     "shifted and scaled views of each. Equal tokens are counted above; near copies would show here."
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from vistok.checkpoints import registry
-from vistok.config import check, load_config
+from vistok.config import load_config
+from vistok.signatures import check
 
 __all__ = ["System", "config_file", "find_system", "systems"]
 

@@ -15,7 +15,7 @@ from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import (
     CLASSES,
-    COPIES,
+    COPIES_OF_LATENTS,
     DigitClassifier,
     cached_tokens,
     encode,
@@ -45,7 +45,7 @@ class TalkScores:
         edits_kept: the same edits, recognised or not, that keep the style of the held-out digit.
         turns, turns_kept: the same for edits of digits that the model drew in the turn before.
         recognised_real, style_real: held-out digits whose class and style are classified correctly.
-        copies: drawings and edits whose latents equal those of a training digit; see ``COPIES``.
+        copies: drawings and edits whose latents equal those of a training digit; see ``COPIES_OF_LATENTS``.
         distinct: drawings and edits whose latents equal no earlier ones.
         psnr: of the tokenizer on held-out digits in dB, mean over images.
     """
@@ -91,7 +91,7 @@ def present(chain: Chain, stages: Stages) -> Outcome:
         "captions": len(held_out),
         "edits": len(judged.edited),
         "turns": len(judged.turned),
-        "copies": COPIES[False],
+        "copies": COPIES_OF_LATENTS,
         **chain.facts,
     }
     seconds = chain.seconds

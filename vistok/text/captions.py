@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class CaptionReader:
     source: Source
     kind: Literal["own", "class_names"]
     text: PromptEncoder
-    refuse_long: bool
+    refuse_long: bool = field(kw_only=True)
 
     def of(self, batch: ImageBatch) -> dict[str, Sequence[Sequence[Piece]]]:
         """The sequences of each image's captions, by the part of the condition that they belong to."""

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.checkpoints import Model
-from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
+from vistok.signatures import ConfigError
 from vistok.types import (
     Clock,
     Condition,
@@ -37,17 +37,18 @@ LETTERS = {3: "C, H, W", 4: "C, T, H, W"}
 
 
 class Tokenizer(Model):
-    """Pixels to tokens and back.
+    """Base class of tokenizers: encodes pixels to tokens, and decodes tokens.
 
-    Public pixels are float (B, C, H, W), or (B, C, T, H, W) for video, in [-1, 1]. ``native_range`` is the range in
-    which the reference works: pixel, perceptual and GAN losses run there, so that recipes keep their meaning.
+    Public pixels are float (B, C, H, W), or (B, C, T, H, W) for video, in [-1, 1]. ``native_range`` is the range of
+    the reference implementation: pixel, perceptual and GAN losses run in it, so that weights of published recipes keep
+    their meaning.
 
-    Not every tokenizer renders: one that turns tokens into something other than pixels sets ``renders`` to False.
+    A tokenizer whose tokens decode to something other than pixels sets ``renders`` to False.
     """
 
     data_arguments: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "in_channels": "channels"}
-    """The constructor's arguments that follow from the data, each with the key of the ``data`` section that says it.
-    Tokenizers of video add ``num_frames``."""
+    """Constructor arguments that come from the ``data`` section, each with its key there. Video tokenizers add
+    ``num_frames``."""
 
     native_range: tuple[float, float] = (-1.0, 1.0)
     renders: bool = True
@@ -57,28 +58,28 @@ class Tokenizer(Model):
     embeds: bool = False
     """Whether ``decode_features`` makes image embeddings."""
     encoding_parts: tuple[str, ...] = ("encoder.*", "pre_quant.*", "quantizer.*")
-    """Patterns of the names of all parameters that ``encode`` depends on, so that a decoder can be trained alone."""
+    """Name patterns of all parameters that ``encode`` depends on. Freezing them trains the decoder alone."""
     quantizer: Any
-    """Latents to codes and back, a module of ``vistok.quantizers``; of discrete tokenizers."""
+    """The quantizer of a discrete tokenizer, a module of ``vistok.quantizers``."""
     has_posterior: bool = False
-    """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
+    """Whether the encoder predicts a distribution of latents, whose moments ``encode_moments`` returns."""
     gaussian: GaussianLatents
-    """The posterior, and the scale in which generators see what is drawn from it; of tokenizers that have one."""
+    """Posterior and standardisation of the latents, if the tokenizer ``has_posterior``."""
 
     _spec: TokenSpec
     _input_shape: tuple[int, ...]
 
     @property
     def spec(self) -> TokenSpec:
-        """The tokens of one image at the size that the tokenizer was built for."""
+        """The tokens of one image or clip of the size that the tokenizer was built for."""
         return self._spec
 
     @classmethod
     def arguments_from(cls, data: DataConfig) -> dict[str, Any]:
-        """The constructor's arguments that follow from ``data``.
+        """The constructor arguments that come from ``data``.
 
         Raises:
-            ConfigError: clips for a tokenizer of images, or images for one of clips.
+            ConfigError: clips for an image tokenizer, or images for a video tokenizer.
         """
         reads_clips = "num_frames" in cls.data_arguments.values()
         if reads_clips and data.num_frames is None:
@@ -89,11 +90,11 @@ class Tokenizer(Model):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The pixels that ``spec`` belongs to, without the batch: (C, H, W) or (C, T, H, W)."""
+        """Shape of the pixels that ``spec`` describes, without the batch axis: (C, H, W) or (C, T, H, W)."""
         return self._input_shape
 
     def spec_for(self, shape: Sequence[int]) -> TokenSpec:
-        """The tokens of pixels of ``shape``, without the batch: (C, H, W) or (C, T, H, W).
+        """The TokenSpec of pixels of ``shape``, without the batch axis: (C, H, W) or (C, T, H, W).
 
         Raises:
             ValueError: the tokenizer cannot encode that shape.
@@ -106,7 +107,7 @@ class Tokenizer(Model):
         return self._spec_for_sides(shape[1:])
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        """The tokens of pixels with sides (H, W) or (T, H, W); overridden where other sides than the usual encode."""
+        """The TokenSpec of pixels with sides (H, W) or (T, H, W). Tokenizers that encode several sizes override it."""
         own = self.input_shape[1:]
         if sides != own:
             what = "images" if len(own) == 2 else "clips (frames x height x width)"
@@ -123,7 +124,8 @@ class Tokenizer(Model):
 
     @property
     def latent_statistics(self) -> Mapping[str, float] | None:
-        """What latents are standardised with, for generators that are to know it again; None says nothing."""
+        """Mean and scale that latents are standardised with, by argument name, one number each for all channels. None
+        if there are no such numbers."""
         return None
 
     @abstractmethod
@@ -133,25 +135,39 @@ class Tokenizer(Model):
         Deterministic without ``draws`` (nearest code, posterior mode).
         """
 
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Means and log-variances of the standardised latents, (B, L, 2D); of tokenizers with a posterior."""
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of the latents before standardisation, (B, L, D) each. A tokenizer that
+        ``has_posterior`` overrides it.
+
+        Raises:
+            ValueError: the tokenizer has no posterior.
+        """
         raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Means and log-variances of the standardised latents, (B, L, 2D).
+
+        Raises:
+            ValueError: the tokenizer has no posterior.
+        """
+        mean, log_variance = self.moments(pixels)
+        return self.gaussian.standardised_moments(mean, log_variance)
 
     @property
     def corrects_bits(self) -> bool:
-        """Whether ids are bits of scales, which training with self-correction turns (``PackedBSQ``)."""
+        """Whether ids pack the bits of several scales (``PackedBSQ``), as bitwise self-correction needs."""
         quantizer = getattr(self, "quantizer", None)
         return isinstance(quantizer, ScaledQuantizer) and isinstance(quantizer.of_maps, PackedBSQ)
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
-        """Pixels to what a quantizer with scales reads, (B, h * w, D) in raster order.
+        """Pixels to the latents (B, h * w, D), in raster order, that a multi-scale quantizer reads.
 
         Raises:
             ValueError: the quantizer has no scales.
         """
         if not isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
             raise ValueError(f"the quantizer of {type(self).__name__} has no scales; use encode")
-        latents: Any = self.latents  # which all have that take quantizers by name
+        latents: Any = self.latents  # defined by tokenizers that take multi-scale quantizers
         return latents(pixels)
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
@@ -186,22 +202,22 @@ class Tokenizer(Model):
         """
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Ids (B, L[, depth]) of what the quantizer reads, latents (B, L, D) or a map of them (B, D, h, w).
+        """Ids (B, L[, depth]) of latents (B, L, D), or of a map (B, D, h, w) if the quantizer reads maps.
 
         Raises:
-            ValueError: latents that are not finite, of which any id would be wrong.
+            ValueError: latents that are not finite, for which any id would be wrong.
         """
         ids: Tensor = self.quantizer.encode(finite_latents(latents))
         return ids
 
     def dequantize(self, tokens: Tensor, length: int | None = None) -> Tensor:
-        """What the decoder reads, latents (B, L, D) in the model's precision, of ids (B, L[, depth]).
+        """Ids (B, L[, depth]) to the quantized latents (B, L, D) that the decoder reads, in the model's dtype.
 
-        Where tokens have scales, ids (B, n) of the first ones or of all, or as many code vectors (B, n, D), which
-        smooth sampling gives.
+        Multi-scale tokens may be ids (B, n) of the first scales only, or code vectors (B, n, D), which smooth sampling
+        returns.
 
         Args:
-            length: how many ids there must be; None is ``spec.length``.
+            length: the required number of ids; None is ``spec.length``. Multi-scale tokens ignore it.
 
         Raises:
             ValueError: ids out of range, or another number of them.
@@ -214,10 +230,10 @@ class Tokenizer(Model):
             if tokens.shape[1] != length:
                 raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
         latents: Tensor = self.quantizer.ids_to_latents(tokens)
-        return latents.to(self.dtype)  # quantizers that compute in float32 give it
+        return latents.to(self.dtype)  # some quantizers return float32
 
     def check_scaled(self, tokens: Tensor) -> None:
-        """Raise ValueError unless tokens of scales are ids (B, n) or code vectors (B, n, D)."""
+        """Raise ValueError unless multi-scale tokens are ids (B, n) or code vectors (B, n, D)."""
         check_tensor(tokens, "token ids")
         if not tokens.is_floating_point():
             self.spec.check_ids(tokens)
@@ -225,23 +241,34 @@ class Tokenizer(Model):
             raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
 
     def expander(self) -> Expander:
-        """What turns tokens into the inputs of a generator that has this tokenizer in its loop: of a quantizer with
-        scales by name, the map so far on the next grid.
+        """A new expander, which turns tokens into the inputs of a generator. A multi-scale quantizer gives the sum of
+        the scales so far, resized to the next grid.
 
         Raises:
-            ValueError: generators read the tokens of this one as they are.
+            ValueError: generators read the tokens of this tokenizer as they are.
         """
         if isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
             return self.quantizer.expander()
         raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
-        """The random tensors that ``forward`` consumes in training: those of the quantizer, and of most none."""
+        """The random tensors that ``forward`` consumes in training: by default "posterior" (B, L, D), normal, if the
+        tokenizer ``has_posterior``, else those of the quantizer, if any."""
+        if self.has_posterior:
+            return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
         quantizer = getattr(self, "quantizer", None)
         return quantizer.training_draws(keys, self.spec.length) if isinstance(quantizer, DrawsInTraining) else {}
 
+    @torch.no_grad()
     def standardise(self, pixels: Tensor) -> None:
-        """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
+        """Set ``latent_mean`` and ``latent_scale`` from example images (B, C, H, W), after training: samples of the
+        posterior then have mean 0 and standard deviation 1 in every channel. Nothing happens without a posterior."""
+        if not self.has_posterior:
+            return
+        parts = [self.moments(part) for part in pixels.split(8)]
+        self.gaussian.fit(*(torch.cat(values) for values in zip(*parts)))
+        mean, scale = (tuple(values.tolist()) for values in (self.gaussian.mean, self.gaussian.scale))
+        self.change_arguments(latent_mean=mean, latent_scale=scale)
 
     def decoding_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``decode`` consumes, as its argument ``draws``; only generative decoders need any."""
@@ -261,10 +288,10 @@ class Tokenizer(Model):
         return lambda tokens: self.decode(tokens, condition=condition, **options)
 
     def codes(self) -> Tensor:
-        """All code vectors (K, D) in the order of their ids: what the feature "quantized" of ``forward`` is made of.
+        """All code vectors (K, D) in the order of their ids, as they occur in the feature "quantized" of ``forward``.
 
         Raises:
-            ValueError: latents, or several ids per position.
+            ValueError: tokens that are continuous, multi-scale, or several ids per position.
         """
         spec = self.spec
         if not spec.discrete or spec.depth != 1:
@@ -279,59 +306,67 @@ class Tokenizer(Model):
 
     @property
     def alignment_dim(self) -> int | None:
-        """Channels of the feature "alignment" (B, P, D) that ``forward`` gives: patch features of a square raster, for
-        the loss "repa" to compare with those of a frozen encoder. None if there is none."""
+        """Channels D of the feature "alignment" (B, P, D) of ``forward``: patch features on a square raster, which the
+        loss "repa" compares with those of a frozen encoder. None without this feature."""
         return None
 
     @property
     def predicted_codes(self) -> tuple[int, int] | None:
-        """(P, K): ``forward`` gives the feature "code_logits" (B, P, K) over the codes of another tokenizer, for the
-        loss "code_prediction". None if it does not."""
+        """(P, K) of the feature "code_logits" (B, P, K) of ``forward``: logits over the codes of another tokenizer, for
+        the loss "code_prediction". None without this feature."""
         return None
 
     @property
     def semantic_dim(self) -> int | None:
-        """Channels of a frozen encoder's feature that ``project_semantic`` takes; None if there is no such layer."""
+        """Channels of a frozen encoder's features that ``project_semantic`` takes; None without such a projection."""
         return None
 
     def project_semantic(self, features: Tensor) -> Tensor:
-        """Features (B, ``semantic_dim``) of a frozen encoder as the latents are projected, (B, spec.dim), for the loss
-        "semantic_contrast"."""
+        """Project features (B, ``semantic_dim``) of a frozen encoder to (B, spec.dim) with the projection of the
+        latents, for the loss "semantic_contrast".
+
+        Raises:
+            ValueError: the tokenizer has no such projection.
+        """
         raise ValueError(f"{type(self).__name__} projects no features of a frozen encoder")
 
     @property
     def summary_features(self) -> Mapping[str, int]:
-        """Features that ``forward`` gives as (B, L, D) whose last position stands for the whole image, each with its D:
-        what the loss "text_contrast" can compare with texts."""
+        """Names of the features (B, L, D) of ``forward`` whose last position summarises the image, each with its D. The
+        loss "text_contrast" compares them with texts."""
         return {}
 
     def decode_features(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) to image embeddings (B, E); of tokenizers that ``embeds`` is True of."""
+        """Ids (B, L) to image embeddings (B, E).
+
+        Raises:
+            ValueError: the tokenizer does not decode to embeddings (``embeds`` is False).
+        """
         raise ValueError(f"{type(self).__name__} decodes to pixels, not to an image embedding")
 
     def target_features(self, pixels: Tensor) -> Tensor:
-        """The embeddings (B, E) of images (B, C, H, W) in [-1, 1] that ``decode_features`` is to give.
+        """The embeddings (B, E) of images (B, C, H, W) in [-1, 1] that are the target of ``decode_features``.
 
         Raises:
-            ValueError: this tokenizer has no network that makes them.
+            ValueError: this tokenizer has no network that computes them.
         """
         raise ValueError(f"{type(self).__name__} decodes to pixels, not to an image embedding")
 
     @property
     def raster_features(self) -> Mapping[str, int]:
-        """Features that ``forward`` gives as (B, h * w, D) of a raster in the image, each with its D: what the loss
-        "semantic" can compare with those of a frozen encoder."""
+        """Names of the features (B, h * w, D) of ``forward`` that lie on a raster of the image, each with its D. The
+        loss "semantic" compares them with those of a frozen encoder."""
         return {}
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """The names of the terms in ``TokenizerOutput.losses``, which an objective can weight: those of the quantizer,
-        unless the tokenizer says otherwise."""
+        """Names of the terms in ``TokenizerOutput.losses``, which an objective can weight: by default those of the
+        quantizer."""
         return self.quantizer.loss_terms
 
     @property
     def last_layer(self) -> Tensor:
-        """The decoder's last weight, whose gradients balance the adaptive GAN weight (VQGAN, arXiv 2012.09841, eq. 7).
+        """The decoder's last weight; the adaptive GAN weight compares gradients at it (VQGAN, arXiv 2012.09841, eq. 7).
 
         Raises:
             ValueError: this decoder has no single last layer.
@@ -339,12 +374,12 @@ class Tokenizer(Model):
         raise ValueError(f"{type(self).__name__} names no last layer; use a fixed GAN weight")
 
     def to_native(self, pixels: Tensor) -> Tensor:
-        """[-1, 1] pixels to the reference's range."""
+        """Pixels in [-1, 1] to ``native_range``."""
         low, high = self.native_range
         return pixels if (low, high) == (-1.0, 1.0) else (pixels + 1) * ((high - low) / 2) + low
 
     def from_native(self, pixels: Tensor) -> Tensor:
-        """Pixels of the reference's range to [-1, 1]."""
+        """Pixels in ``native_range`` to [-1, 1]."""
         low, high = self.native_range
         return pixels if (low, high) == (-1.0, 1.0) else (pixels - low) * (2 / (high - low)) - 1
 
@@ -362,8 +397,8 @@ class Tokenizer(Model):
         return from_pil(several, (height, width), channels).to(self.device, self.dtype)
 
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
-        """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of
-        values that no picture has.
+        """Check shape and dtype of a batch of public pixels and return its TokenSpec. Outside of training, warn of
+        values far outside [-1, 1].
 
         Raises:
             ValueError: wrong rank, channels, size or dtype.
@@ -383,7 +418,7 @@ class Tokenizer(Model):
         return self.spec_for(pixels.shape[1:])
 
     def image_shape(self, purpose: str) -> tuple[int, int, int]:
-        """``input_shape`` of a tokenizer of images, (C, H, W), for a ``purpose`` that is made for images alone.
+        """``input_shape`` (C, H, W) of an image tokenizer. ``purpose`` names the caller in the error message.
 
         Raises:
             ValueError: this tokenizer reads clips.
@@ -401,7 +436,7 @@ class Tokenizer(Model):
             raise ValueError(f"{type(self).__name__} renders no pixels: {purpose} needs a tokenizer that does")
 
     def check_condition(self, condition: Condition | None) -> None:
-        """Raise ValueError for a condition that is not of ``condition_spec``."""
+        """Raise ValueError for a condition that does not match ``condition_spec``."""
         if condition is None:
             return
         if not self.condition_spec.parts:
@@ -409,7 +444,7 @@ class Tokenizer(Model):
         self.condition_spec.check(condition, "this tokenizer")
 
     def own_condition(self, condition: Condition | None) -> Condition | None:
-        """The parts that this tokenizer takes of the ``condition`` that its tokens are generated with, or None."""
+        """The parts of a generator's ``condition`` that this tokenizer takes too; None if there are none."""
         if condition is None:
             return None
         names = self.condition_spec.parts
@@ -417,10 +452,10 @@ class Tokenizer(Model):
         return Condition(condition.size, parts, condition.device) if parts else None
 
     def decode_options(self, spec: TokenSpec) -> dict[str, Any]:
-        """The keyword arguments with which ``decode`` reads the tokens of a ``spec``, such as another image size's.
+        """The keyword arguments that ``decode`` needs for tokens of ``spec``, such as the grid of another image size.
 
         Raises:
-            ValueError: it reads no such tokens.
+            ValueError: ``decode`` cannot read such tokens.
         """
         own = self.spec
         names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
@@ -437,12 +472,12 @@ class Tokenizer(Model):
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Encode and decode; what a user sees, clamped to [-1, 1]."""
+        """Encode and decode pixels; the result is clamped to [-1, 1]."""
         return self.decode(self.encode(pixels, condition=condition), condition=condition).clamp(-1, 1)
 
 
 OVERSHOOT = 1.5
-"""How far from 0 pixels may lie without a warning: decoders overshoot [-1, 1] a little."""
+"""Largest absolute pixel value without a warning: decoders overshoot [-1, 1] a little."""
 
 
 def _warn_of_range(pixels: Tensor) -> None:
@@ -456,7 +491,7 @@ def _warn_of_range(pixels: Tensor) -> None:
 
 
 def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """What to do with pixels of ``shape`` whose first axis is not the channels of ``expected``."""
+    """Advice for pixels of ``shape``, whose number of channels differs from that of ``expected``."""
     if shape[0] not in (1, 3):
         order = LETTERS[len(expected)]
         if len(shape) == 4 and shape[1] == expected[0]:

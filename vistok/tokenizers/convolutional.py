@@ -1,4 +1,4 @@
-"""What convolutional tokenizers with a quantizer on a raster have in common."""
+"""Base class of convolutional tokenizers that quantize a raster of latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vistok.utils.sides import check_grid, grid_of, image_sides
 class ConvTokenizer(Tokenizer):
     """A raster of ids from a convolutional encoder; any image whose sides are multiples of the stride encodes.
 
-    A subclass builds the parts and hands them over.
+    A subclass builds its networks and passes them to ``build``.
     """
 
     encoder: Any
@@ -37,13 +37,13 @@ class ConvTokenizer(Tokenizer):
         post_quant: nn.Module,
         decoder: nn.Module,
     ) -> None:
-        """Take the parts, in the order of computation.
+        """Set the networks, given in order of computation, and the spec.
 
         Args:
-            pre_quant, post_quant: maps of the encoder's channels to the code's, and of those to the decoder's.
+            pre_quant, post_quant: layers from the encoder's channels to the code's, and from these to the decoder's.
 
         Raises:
-            ValueError: image sides that are no multiples of the stride.
+            ValueError: image sides that are not multiples of the stride.
         """
         self.encoder, self.pre_quant, self.quantizer = encoder, pre_quant, quantizer
         self.post_quant, self.decoder = post_quant, decoder
@@ -65,7 +65,7 @@ class ConvTokenizer(Tokenizer):
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
         self.check_pixels(pixels)
-        return self.pre_quant(self.encoder(pixels)).flatten(2).transpose(1, 2)
+        return self.pre_quant(self.encoder(self.to_native(pixels))).flatten(2).transpose(1, 2)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
@@ -74,7 +74,7 @@ class ConvTokenizer(Tokenizer):
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Ids (B, h * w), or those of scales (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
+        """Ids (B, h * w), or multi-scale ids (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
 
         Args:
             grid: (h, w) of the ids; None for the grid of ``spec``.
@@ -93,7 +93,7 @@ class ConvTokenizer(Tokenizer):
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
         quantized = quantized.to(self.dtype)  # codes without weights, such as bits, are float32
-        return self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid)))
+        return self.from_native(self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid))))
 
     def forward(
         self,
@@ -116,5 +116,5 @@ class ConvTokenizer(Tokenizer):
             "quantized": quantized.quantized,
             "decoded": decoded.flatten(2).transpose(1, 2),
         }
-        reconstruction = self.decoder.finish(decoded, mapped)
+        reconstruction = self.from_native(self.decoder.finish(decoded, mapped))
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

@@ -1,8 +1,8 @@
-"""Image tokenizers on clips, frame by frame, so that every one can be compared with those of clips."""
+"""Image tokenizers applied to clips frame by frame, so that they can be compared with video tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,7 +23,7 @@ class Framewise(Tokenizer):
         tokenizer: ``name`` of an image tokenizer, and its arguments.
 
     Raises:
-        ValueError: no name, a tokenizer of clips or of several scales, or no frames.
+        ValueError: ``num_frames`` below 1, no ``name``, a video tokenizer, or a multi-scale one.
     """
 
     registry_name = "framewise"
@@ -54,9 +54,9 @@ class Framewise(Tokenizer):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, num_frames: int) -> Self:
-        """A tokenizer of clips that shares the weights of a trained one of images."""
+        """Wrap a trained image tokenizer; the result shares its weights."""
         with torch.device("meta"):
-            wrapped = cls(num_frames, {"name": tokenizer.registry_name, **tokenizer.config})
+            wrapped = cls(num_frames, _section(tokenizer))
         wrapped._wrap(tokenizer)
         return wrapped.train(tokenizer.training)
 
@@ -132,7 +132,7 @@ class Framewise(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """The image tokenizer's training pass over all frames. Of its features those of shape (B, L, D) remain."""
+        """The image tokenizer's training pass over all frames. Only features of shape (B, L, D) are kept."""
         self.check_condition(condition)
         self.check_pixels(pixels)
         output = self.tokenizer(
@@ -157,9 +157,10 @@ class Framewise(Tokenizer):
 
     def standardise(self, pixels: Tensor) -> None:
         self.tokenizer.standardise(_frames(pixels))
+        self.change_arguments(tokenizer=_section(self.tokenizer))
 
-    def _draws(self, make, keys: Keys) -> Draws:
-        """Draws (B, T, …) of all frames, each with its own."""
+    def _draws(self, make: Callable[[Keys], Draws], keys: Keys) -> Draws:
+        """Draws (B, T, …), with keys of its own for every frame."""
         indices = [index * self.num_frames + frame for index in keys.indices for frame in range(self.num_frames)]
         draws = make(keys.at(indices))
         return {name: value.unflatten(0, (len(keys), self.num_frames)) for name, value in draws.items()}
@@ -167,6 +168,11 @@ class Framewise(Tokenizer):
     def _joined(self, values: Tensor, count: int) -> Tensor:
         """(B * T, L, …) of frames to (B, T * L, …) of clips."""
         return values.unflatten(0, (count, self.num_frames)).flatten(1, 2)
+
+
+def _section(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The argument ``tokenizer`` that builds ``tokenizer``."""
+    return {"name": tokenizer.registry_name, **tokenizer.config}
 
 
 def _frames(pixels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The KL-regularised convolutional autoencoder of latent diffusion, with a Gaussian posterior per position.
 
-Paper: High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.1. Inside is the
-AutoencoderKL of diffusers; the released KL-16 of MAR (arXiv 2406.11838; github.com/LTH14/mar, MIT), which xAR shares,
-comes in under its latent-diffusion names, and any AutoencoderKL that diffusers saved under its own.
+Paper: High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.1. The network is
+diffusers' AutoencoderKL. Weights load from any AutoencoderKL that diffusers saved, and from the released KL-16 of MAR
+(arXiv 2406.11838; github.com/LTH14/mar, MIT; also used by xAR), which has the names of latent diffusion.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.weights import without_losses
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
+from vistok.nn.conv import check_groups
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
@@ -28,7 +28,7 @@ from vistok.utils.finite import finite_latents
 from vistok.utils.sides import check_grid, grid_of, image_sides
 
 KL16_SCALE = 0.2325
-"""What MAR and xAR multiply the latents of KL-16 by; their deviation is then about 1."""
+"""The factor of MAR and xAR on the latents of KL-16, which brings their standard deviation to about 1."""
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -45,8 +45,8 @@ def _narrow_latents(latent_channels: int) -> dict[str, Any]:
 class KLVAE(Tokenizer):
     """A raster of continuous latents; any image whose sides are multiples of the stride encodes.
 
-    The stride is 2 ** (levels - 1). Encoding takes the posterior's mode, or a sample of it where draws are given. The
-    public latents are standardised: ``(latent - latent_mean) * latent_scale``.
+    The stride is 2 ** (levels - 1). ``encode`` returns the posterior's mode, or a sample if draws are given. Public
+    latents are standardised: ``(latent - latent_mean) * latent_scale``.
 
     Args:
         image_size: side of the images that ``spec`` describes, or (height, width).
@@ -54,15 +54,15 @@ class KLVAE(Tokenizer):
         block_out_channels: width of each level, finest first.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         latent_channels: channels D of a latent.
-        encoder_attention, decoder_attention: the levels (0 is the finest) that attend after each residual block.
-        middle_attention: whether the blocks between encoder and decoder levels attend.
-        use_quant_conv, use_post_quant_conv: whether 1x1 convolutions stand before and after the posterior.
+        encoder_attention, decoder_attention: levels (0 is the finest) with attention after each residual block.
+        middle_attention: whether the middle blocks of encoder and decoder have attention.
+        use_quant_conv, use_post_quant_conv: whether there is a 1x1 convolution before and after the posterior.
         norm_groups: groups of all group norms; they must divide every width.
         act_fn: activation, by diffusers' name.
         latent_mean, latent_scale: one number, or one per latent channel; ``standardise`` measures them.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, widths that norm_groups does not divide, attention in a
+        ValueError: sides that are not multiples of the stride, widths that norm_groups does not divide, attention in a
             level that does not exist, or statistics for another number of channels.
     """
 
@@ -119,9 +119,10 @@ class KLVAE(Tokenizer):
         self._input_shape = (in_channels, height, width)
         self._latent_channels = latent_channels
         self._spec = self.spec_for(self._input_shape)
-        _check_widths(block_out_channels, norm_groups)
+        for width in block_out_channels:
+            check_groups(width, norm_groups)
         up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
-        self.vae: Any = AutoencoderKL(  # which does not declare its layers
+        self.vae: Any = AutoencoderKL(  # diffusers does not declare the types of its layers
             in_channels=in_channels,
             out_channels=in_channels,
             down_block_types=_block_types("DownEncoderBlock2D", "AttnDownEncoderBlock2D", encoder_attention, levels),
@@ -150,7 +151,6 @@ class KLVAE(Tokenizer):
         return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each."""
         self.check_pixels(pixels)
         hidden = self.vae.encoder(pixels)
         if self.vae.quant_conv is not None:
@@ -161,10 +161,6 @@ class KLVAE(Tokenizer):
         """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
         self.check_condition(condition)
         return finite_latents(self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws)))
-
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
-        return self.gaussian.standardised_moments(*self.moments(pixels))
 
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
@@ -184,7 +180,7 @@ class KLVAE(Tokenizer):
         return self.decode_latents(self.gaussian.restore(tokens), places)
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Latents (B, h * w, D) as the autoencoder has them, not standardised, to pixels."""
+        """Raw latents (B, h * w, D), before standardisation, to pixels."""
         latents = rearrange(latents, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
         if self.vae.post_quant_conv is not None:
             latents = self.vae.post_quant_conv(latents)
@@ -207,19 +203,6 @@ class KLVAE(Tokenizer):
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
         return TokenizerOutput(reconstruction, self.gaussian.standardise(latents), losses, {"latents": latents})
 
-    def training_draws(self, keys: Keys) -> Draws:
-        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
-
-    @torch.no_grad()
-    def standardise(self, pixels: Tensor) -> None:
-        """Set ``latent_mean`` and ``latent_scale`` so that posterior samples of these images have mean 0 and deviation
-        1 in every channel."""
-        parts = [self.moments(part) for part in pixels.split(8)]
-        mean, log_variance = (torch.cat(values) for values in zip(*parts))
-        self.gaussian.fit(mean, log_variance)
-        statistics = {"latent_mean": self.gaussian.mean, "latent_scale": self.gaussian.scale}
-        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
-
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         """Build from MAR's arguments (ch_mult, embed_dim) with latent-diffusion names, or from diffusers' config and
@@ -241,7 +224,7 @@ class KLVAE(Tokenizer):
             block_out_channels=tuple(width * mult for mult in ch_mult),
             layers_per_block=given.take("num_res_blocks", 2),
             latent_channels=latent_channels,
-            # Whether a level attends follows from its resolution there; the weights say so more directly.
+            # The reference derives the levels with attention from resolutions; the weights show them directly.
             encoder_attention=_levels_with_attention("encoder.down", state_dict),
             decoder_attention=_levels_with_attention("decoder.up", state_dict),
             latent_scale=given.take("scale_factor", KL16_SCALE),
@@ -311,7 +294,7 @@ WITHOUT_EFFECT = {
     "lossconfig": "losses of the training, and its discriminator",
     "lossconfig.*": "losses of the training, and its discriminator",
 }
-"""Arguments of latent diffusion and MAR that change nothing of what the model computes, each with the reason."""
+"""Arguments of latent diffusion and MAR that do not change what the model computes, each with the reason."""
 
 DIFFUSERS_WITHOUT_EFFECT = {
     "_diffusers_version": "who wrote the file",
@@ -319,11 +302,12 @@ DIFFUSERS_WITHOUT_EFFECT = {
     "sample_size": "the side of the training images; any multiple of the stride encodes",
     "force_upcast": "the precision that diffusers' pipelines switch to; ours stays as it is loaded",
 }
-"""Keys of a diffusers config that change nothing of what the model computes, each with the reason."""
+"""Keys of a diffusers config that do not change what the model computes, each with the reason."""
 
 
 def latent_diffusion_names(levels: int) -> list[tuple[str, str]]:
-    """Rules from latent diffusion's names to ours; its decoder counts levels from the finest, diffusers' does not."""
+    """Rules from latent diffusion's names to ours. Its decoder counts levels from the finest, diffusers' from the
+    coarsest."""
     rules = []
     for level in range(levels):
         for part, block, resample in (
@@ -370,7 +354,7 @@ DIFFUSERS_NAMES = [
 
 
 def _as_linear(key: str, tensor: Tensor) -> Tensor:
-    """Latent diffusion writes attention projections as 1x1 convolutions."""
+    """Latent diffusion stores attention projections as 1x1 convolutions."""
     pointwise = ".attentions." in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
     return tensor[:, :, 0, 0] if pointwise else tensor
 
@@ -387,15 +371,6 @@ def _block_types(plain: str, attending: str, attention: tuple[int, ...], levels:
     return tuple(attending if level in attention else plain for level in range(levels))
 
 
-def _check_widths(widths: tuple[int, ...], groups: int) -> None:
-    wrong = [width for width in widths if width % groups]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} channels cannot be split into {groups} groups for group norm; take block_out_channels that "
-            "are multiples of norm_groups, or a smaller norm_groups"
-        )
-
-
 def _read_diffusers_config(folder: Path) -> dict[str, Any]:
     path = folder / DIFFUSERS_CONFIG
     try:
@@ -405,10 +380,10 @@ def _read_diffusers_config(folder: Path) -> dict[str, Any]:
 
 
 def _diffusers_statistics(given: OfficialConfig) -> tuple[Any, Any]:
-    """(mean, scale) of the standardisation ``(latent - mean) * scale`` that a diffusers config stands for.
+    """(mean, scale) of the standardisation ``(latent - mean) * scale`` in a diffusers config.
 
     Raises:
-        CheckpointError: means without deviations, or with a shift beside them.
+        CheckpointError: only one of latents_mean and latents_std, or a shift_factor beside them.
     """
     scaling, shift = given.take("scaling_factor", None), given.take("shift_factor", None)
     means, deviations = given.take("latents_mean", None), given.take("latents_std", None)
@@ -426,10 +401,10 @@ def _diffusers_statistics(given: OfficialConfig) -> tuple[Any, Any]:
 def _attending(
     given: OfficialConfig, key: str, plain: str, levels: int, *, finest_first: bool = True
 ) -> tuple[int, ...]:
-    """The levels, 0 being the finest, whose blocks attend, of diffusers' names for them.
+    """The levels (0 is the finest) whose diffusers block has attention.
 
     Raises:
-        CheckpointError: a block of another kind, or not one for each level.
+        CheckpointError: an unknown block, or another number of blocks than levels.
     """
     names = given.take(key, [plain] * levels)
     if len(names) != levels or set(names) - {plain, f"Attn{plain}"}:

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
-from vistok.types import Clock, Condition, TokenizerOutput
 
 F16 = (1, 1, 2, 2, 4)
 
@@ -29,8 +26,8 @@ F16 = (1, 1, 2, 2, 4)
 class CodecResBlock(nn.Module):
     """Two normalised 3x3 convolutions without biases: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    Where the channels change, what is added is a 1x1 convolution of the block's own output, and the input is dropped:
-    that is how the released weights were trained.
+    Where the channels change, the shortcut is a 1x1 convolution of the block's output, not of its input: the released
+    weights were trained like this.
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
@@ -65,10 +62,10 @@ class CodecEncoder(nn.Module):
     """Pixels (B, C, H, W) to a map (B, z_channels, H / s, W / s) with s = 2 ** (levels - 1).
 
     Args:
-        in_channels, z_channels: of the pixels and of the map.
+        in_channels, z_channels: channels of the pixels and of the map.
         channels: base width.
         channel_mult: the width of each level, finest first, in units of ``channels``.
-        res_blocks: residual blocks per level, and at the deepest once more.
+        res_blocks: residual blocks per level, and in the middle.
         norm_groups: groups of all group norms; must divide every width.
     """
 
@@ -138,9 +135,16 @@ class CodecDecoder(nn.Module):
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
+    def begin(self, latents: Tensor) -> Tensor:
+        """Latents (B, z_channels, h, w) to features (B, widest, h, w) at the same resolution."""
+        return self.middle(self.conv_in(latents))
+
+    def finish(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Features of ``begin`` to pixels; ``latents`` is unused, see ``ConvDecoder``."""
+        return self.conv_out(F.silu(self.norm_out(self.levels(x))))
+
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.levels(self.middle(self.conv_in(latents)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.finish(self.begin(latents), latents)
 
 
 class MaskGITVQGAN(ConvTokenizer):
@@ -156,13 +160,13 @@ class MaskGITVQGAN(ConvTokenizer):
         res_blocks: residual blocks per level, and in the middle.
         codebook_size: number of codes.
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.
+        ValueError: sides that are not multiples of the stride, or widths that norm_groups does not divide.
     """
 
     registry_name = "maskgit_vqgan"
@@ -208,36 +212,6 @@ class MaskGITVQGAN(ConvTokenizer):
         )
         self.build(encoder, nn.Identity(), own, nn.Identity(), decoder)
 
-    @property
-    def raster_features(self) -> Mapping[str, int]:
-        return {"latents": self.spec.dim}
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
-        self.check_pixels(pixels)
-        return rearrange(self.encoder(self.to_native(pixels)), "b d h w -> b (h w) d")
-
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Codes (B, h * w, code dim) on a grid (h, w) to pixels in [-1, 1]."""
-        return self.from_native(self.decoder(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
-
-    def forward(
-        self,
-        pixels: Tensor,
-        *,
-        condition: Condition | None = None,
-        target: Tensor | None = None,
-        clock: Clock | None = None,
-        draws: Draws | None = None,
-    ) -> TokenizerOutput:
-        self.check_condition(condition)
-        latents = self.latents(pixels)
-        quantized = self.quantizer(latents, draws=draws)
-        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
-        features = {"latents": latents, "quantized": quantized.quantized}
-        reconstruction = self.decode_latents(quantized.quantized, grid)
-        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
-
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         given = OfficialConfig(config, WITHOUT_EFFECT)
@@ -263,7 +237,7 @@ WITHOUT_EFFECT = {"commitment_cost": "a weight of the loss, which the run's conf
 
 
 def official_names(state: Mapping[str, Tensor], levels: int, decoder: str = "decoder") -> dict[str, Tensor]:
-    """Our names of the codec's weights; ``decoder`` is the prefix that its decoder has in the file."""
+    """The codec's weights under our names; ``decoder`` is the prefix of its decoder in the file."""
     rules = [
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.nin_shortcut\.(\w+)", r"encoder.levels.\1.blocks.\2.shortcut.\3"),
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.(\w+\.\w+)", r"encoder.levels.\1.blocks.\2.\3"),

@@ -1,4 +1,4 @@
-"""Training: configs, objectives, the loop, checkpoints."""
+"""Training: configs, objectives, the training loop, checkpoints."""
 
 from vistok.train.loop import TrainingDivergedError, train
 from vistok.train.stopping import TrainingInterrupted

@@ -1,4 +1,4 @@
-"""What a codebook has come to: which codes are in use, and what images look like where each was chosen."""
+"""An atlas of a codebook: which codes are in use, and the image patches that get each code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from vistok.data.pictures import to_pil
 from vistok.data.sheets import sheet
 from vistok.draws import Keys, draws_on
 from vistok.tokenizers.base import Tokenizer
+from vistok.train.monitor import expected_usage, perplexity
 
 BATCH = 32
 SHOWN_CODES, PATCHES = 16, 8
 CONTEXT = 2
-"""Side of a patch in tokens: the token's own part of the image, and half as much around it."""
+"""Side of a patch in tokens: the token's own part of the image, and half a token on each side."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Atlas:
     """The codes that a tokenizer chose for some images.
 
     Attributes:
-        counts: (codebook_size,) times that each code was chosen.
-        images: how many images there were.
-        picture: a row for each of the most frequent codes, with patches of the images around tokens that have it, those
-            first whose latent lies nearest to the code where the tokenizer tells latents; None if tokens have no place
-            in the image.
+        counts: (codebook_size,) how often each code was chosen.
+        images: the number of images.
+        picture: a row for each of the most frequent codes, with image patches around tokens that have it. If the
+            tokenizer returns latents, the patches whose latents lie nearest to the code come first. None if tokens have
+            no place in the image.
     """
 
     counts: Tensor
@@ -38,28 +39,26 @@ class Atlas:
 
     @property
     def dead(self) -> int:
-        """Codes that no token has."""
+        """The number of codes that no token has."""
         return int((self.counts == 0).sum())
 
     @property
     def possible(self) -> float:
-        """The share of codes that so many evenly spread tokens would use, in [0, 1]."""
-        size = len(self.counts)
-        return 1 - (1 - 1 / size) ** int(self.counts.sum())
+        """The share of codes, in [0, 1], that the same number of uniformly drawn tokens would be expected to use."""
+        return expected_usage(len(self.counts), int(self.counts.sum()))
 
     @property
     def perplexity(self) -> float:
         """The perplexity of the distribution of codes, 1 .. codebook_size."""
-        share = self.counts.double() / self.counts.sum()
-        return float(torch.special.entr(share).sum().exp())
+        return float(perplexity(self.counts.double()))
 
 
 @torch.no_grad()
 def codebook_atlas(tokenizer: Tokenizer, pixels: Tensor) -> Atlas:
-    """Look at the codes of images (B, C, H, W), or clips (B, C, T, H, W), in [-1, 1].
+    """The atlas of the codes of images (B, C, H, W), or clips (B, C, T, H, W), in [-1, 1].
 
     Raises:
-        ValueError: a tokenizer of continuous latents.
+        ValueError: the tokenizer has continuous latents.
     """
     spec = tokenizer.spec
     if not spec.discrete:
@@ -74,7 +73,7 @@ def codebook_atlas(tokenizer: Tokenizer, pixels: Tensor) -> Atlas:
 
 def _picture(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor, counts: Tensor) -> Image.Image:
     rows, columns = tokenizer.spec.raster
-    height, width = pixels.shape[2] // rows, pixels.shape[3] // columns  # of the pixels that one token stands for
+    height, width = pixels.shape[2] // rows, pixels.shape[3] // columns  # of the part of one token
     around = (height * (CONTEXT - 1) // 2, width * (CONTEXT - 1) // 2)
     padded = F.pad(pixels, (around[1], around[1], around[0], around[0]), mode="replicate")
     distances = _distances(tokenizer, pixels, ids)  # (B, L)
@@ -93,7 +92,7 @@ def _picture(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor, counts: Tensor) 
 
 
 def _distances(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor) -> Tensor:
-    """How far the latent of each token lies from its code, (B, L); zeros where the tokenizer does not tell."""
+    """The squared distance of each token's latent to its code, (B, L); zeros if the tokenizer returns no latents."""
     unknown, found = torch.zeros(ids.shape), []
     if tokenizer.spec.depth != 1 or tokenizer.condition_spec.parts:
         return unknown
@@ -105,7 +104,7 @@ def _distances(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor) -> Tensor:
         if latents is None or quantized is None or latents.shape != quantized.shape or latents.ndim != 3:
             return unknown
         latents, quantized = latents.float(), quantized.float()
-        if bool(((quantized.norm(dim=-1) - 1).abs() < 1e-3).all()):  # codes that are compared by their direction
+        if bool(((quantized.norm(dim=-1) - 1).abs() < 1e-3).all()):  # l2-normalised codes
             latents = F.normalize(latents, dim=-1)
         found.append((latents - quantized).square().sum(-1).cpu())
     return torch.cat(found)

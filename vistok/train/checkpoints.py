@@ -1,4 +1,4 @@
-"""The training state on disk: everything that a run needs to go on exactly where it stopped."""
+"""The training state on disk: everything that a run needs to resume exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
-from vistok.config import ConfigError
 from vistok.pipelines.folders import BEST_MODEL
+from vistok.signatures import ConfigError
 from vistok.utils.files import atomic_folder, read_object, remove_leftovers, restore, write_json
 from vistok.utils.spelling import did_you_mean, nearest
 
@@ -32,16 +32,15 @@ DEFAULT_METRICS = ("val_psnr", "val_loss", "psnr")
 class Checkpoints:
     """The checkpoints of one run, ``folder/step-0001000/``, each written whole or not at all.
 
-    The newest ones stay, and the best of those that were judged; ``folder/best.json`` says which that is.
+    The newest ones are kept, and so is the best of those that were judged, which ``folder/best.json`` names.
 
     Args:
-        folder: where they lie.
-        keep: how many of the newest stay.
-        best_metric: by which metric the best is chosen: the highest psnr, the lowest loss. None takes psnr where it is
-            logged, else loss; of held-out samples where there are some.
-        objective_changes: the steps after which the objective is another, because an adversary takes part or a term
-            ends. Reconstructions may get worse by every metric then, so checkpoints of before are not compared with
-            those of after.
+        folder: the folder of the checkpoints.
+        keep: how many of the newest are kept.
+        best_metric: the metric that the best one is chosen by (the highest psnr, the lowest loss). None takes the first
+            of ``DEFAULT_METRICS`` that is logged, else loss.
+        objective_changes: the steps after which the objective changes, because an adversary joins, or a term begins or
+            ends. All metrics may get worse then, so checkpoints before and after such a step are not compared.
     """
 
     def __init__(self, folder: Path, keep: int, best_metric: str | None, *, objective_changes: Sequence[int] = ()):
@@ -58,12 +57,16 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def last_good(self) -> str:
-        """What a message says about where one can go back to."""
+        """A phrase for messages that names the newest checkpoint."""
         steps = self.steps()
         return f"the last good checkpoint is {self.path(steps[-1])}" if steps else "there is no checkpoint yet"
 
     def best(self) -> dict[str, Any] | None:
-        """``{"step", "metric", "value"}`` of the best checkpoint; None before the first judged one."""
+        """``{"step", "metric", "value"}`` of the best checkpoint; None if none was judged yet.
+
+        Raises:
+            CheckpointError: ``best.json`` is damaged.
+        """
         path = self.folder / BEST
         if not path.exists():
             return None
@@ -82,7 +85,8 @@ class Checkpoints:
 
         Args:
             row: a row of the log.
-            prefix: what begins the names of metrics that this row lacks, but others have: "val_".
+            prefix: "val_" if this row lacks the held-out metrics that other rows have: the check then ignores this
+                prefix of ``best_metric``.
         """
         metric = self._metric(row)
         prefix = prefix if metric.startswith(prefix) else ""
@@ -96,14 +100,15 @@ class Checkpoints:
         return self._best_metric or next((name for name in DEFAULT_METRICS if name in row), "loss")
 
     def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None, model: Model) -> Path:
-        """Write the state of ``step`` (after that many optimisation steps), then remove what need not stay.
+        """Write the state after ``step`` optimisation steps, then remove the checkpoints that are not kept.
 
         Args:
-            model: what is trained, whose config goes beside its state, so that ``vistok.load`` reads the checkpoint.
+            model: the model that is trained; its config is written beside the state, so that ``vistok.load`` can read
+                the checkpoint.
             row: means over the last log window, which the checkpoint is judged by; None leaves it unjudged.
 
         Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+            CheckpointError: the checkpoint could not be written; earlier ones are untouched.
         """
         path = self.path(step)
         try:
@@ -119,14 +124,14 @@ class Checkpoints:
         return path
 
     def prune(self) -> None:
-        """Remove the checkpoints that need not stay."""
+        """Remove all checkpoints but the newest ``keep`` and the best one."""
         best = self.best()
         kept = {*self.steps()[-self.keep :], best["step"] if best else -1}
         for old in set(self.steps()) - kept:
             shutil.rmtree(self.path(old))
 
     def judge_again(self, state: Mapping[str, Any]) -> None:
-        """Judge a loaded checkpoint, which the process that wrote it may not have lived to."""
+        """Judge a loaded checkpoint: the process that wrote it may have died before it was judged."""
         self._judge(state["step"], state.get("judged_by"))
 
     def _judge(self, step: int, row: Mapping[str, float] | None) -> None:
@@ -138,17 +143,17 @@ class Checkpoints:
             return
         sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
         if best is not None and (best["metric"] != metric or self._era(best["step"]) != self._era(step)):
-            best = None  # of another measure, or of another objective
+            best = None  # it was judged by another metric, or under another objective
         if best is None or sign * row[metric] > sign * best["value"]:
             write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
 
     def _era(self, step: int) -> int:
-        """Checkpoints of one era have one objective."""
+        """The number of the era of ``step``; checkpoints of one era have the same objective."""
         return sum(step > change for change in self._changes)
 
     @contextmanager
     def disk_errors(self, what: str) -> Iterator[None]:
-        """Turn a failure to write ``what`` into a CheckpointError that says where the run can go on."""
+        """Turn a failure to write ``what`` into a CheckpointError that says where the run can resume."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -166,7 +171,7 @@ class Checkpoints:
 
 
 def _is_of_torch_writer(error: Exception) -> bool:
-    """Torch reports a failed write, which is nearly always a full disk, as a RuntimeError without a code."""
+    """Whether torch failed to write: it reports that, nearly always a full disk, as a RuntimeError without a code."""
     return any(text in str(error) for text in ("inline_container.cc", "PytorchStreamWriter", "iostream error"))
 
 

@@ -1,4 +1,4 @@
-"""The config of a training run: its sections, their defaults, and the check before any work starts."""
+"""The config of a training run: its sections, their defaults, and the checks before any work starts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import construct, integers
-from vistok.config import ConfigError, KeysOf, annotations_of, check, check_least
 from vistok.data.config import DataConfig
+from vistok.signatures import ConfigError, KeysOf, annotations_of, build, check, check_least
 from vistok.train.curves import curve_file
 
 log = logging.getLogger(__name__)
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that are trained otherwise than the rest.
+    """A group of parameters with a learning rate or weight decay of its own.
 
     Attributes:
         parameters: patterns of their names, such as ``encoder.*``.
-        lr, weight_decay: in place of the optimizer's; None keeps them.
+        lr, weight_decay: in place of the optimizer's; None keeps those.
     """
 
     parameters: tuple[str, ...]
@@ -41,11 +41,12 @@ class OptimizerConfig:
         lr: the peak learning rate.
         betas: decay of the first and second moment.
         weight_decay: decoupled for adamw, an L2 term for adam.
-        decayed: what it applies to: tensors of two or more dimensions (``matrices``), or ``all``.
-        no_decay: patterns of names of parameters that it does not apply to.
-        groups: parameters with a rate or decay of their own; where several match, the last one wins.
-        final_weight_decay: the decay at the last step, which ``weight_decay`` reaches along half a cosine; others
-            change in proportion. None keeps it constant.
+        eps: term added to the denominator.
+        decayed: the parameters with weight decay: tensors of two or more dimensions (``matrices``), or ``all``.
+        no_decay: patterns of the names of parameters without weight decay.
+        groups: parameters with a rate or decay of their own; if several groups match, the last one wins.
+        final_weight_decay: the weight decay at the last step, reached along half a cosine; those of groups change in
+            proportion. None keeps it constant.
     """
 
     name: Literal["adamw", "adam"] = "adamw"
@@ -75,24 +76,40 @@ class SchedulerConfig:
     """Factor on the learning rates: linear warmup, then one of
 
     - constant, cosine, or warmup-stable-decay (wsd);
-    - linear or exponential, from 1 at the share ``hold`` of the steps after the warmup;
-    - bent: two lines that meet at the share ``bend``, of which the first falls half as far as one line would;
-    - steps: from each milestone on it is ``step_factor`` times what it was.
+    - linear or exponential decay, which begins after the share ``hold`` of the steps after the warmup;
+    - bent: two lines that meet at the share ``bend`` of these steps, where the first one has fallen half as far as a
+      single line would have;
+    - steps: multiplied by ``step_factor`` at each milestone.
 
     Attributes:
-        warmup_steps: steps of the linear rise.
-        warmup_from: the factor at step 0. By default the rise begins one step above 0, since a step at rate 0 would
+        warmup_steps: steps of the linear warmup.
+        warmup_from: the factor at step 0. By default the warmup begins one step above 0, because a step at rate 0 would
             be wasted.
-        final_factor: the factor at the last step of all but constant and steps.
-        final_lr: the rate at the last step, in place of ``final_factor``.
-        decay_share: share of all steps that the tail of wsd takes.
-        decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
-            (arXiv 2405.18392), ``cosine`` as (1 + cos(pi p)) / 2.
+        final_factor: the factor at the last step; not used by constant and steps. Exponential decay never reaches 0, so
+            it needs a factor or a rate above that.
+        final_lr: the learning rate at the last step, in place of ``final_factor``.
+        decay_share: share of all steps in which wsd decays.
+        decay_shape: the decay of wsd, by the share p of it that is over: ``linear`` is 1 - p, ``sqrt`` is 1 - sqrt(p)
+            (arXiv 2405.18392), ``cosine`` is (1 + cos(pi p)) / 2.
         start_step: the step at which the schedule begins, for a player that joins later.
-        hold: of linear and exponential.
-        bend: of bent.
-        milestones, step_factor: of steps.
+        hold: share of the steps for which linear and exponential stay at 1.
+        bend: share of the steps at which bent changes its slope.
+        milestones, step_factor: of steps; milestones count from ``start_step``.
+
+    Raises:
+        ValueError: a value is out of range, or would have no effect on this schedule.
     """
+
+    USED_BY: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "decay_share": ("wsd",),
+        "decay_shape": ("wsd",),
+        "final_lr": ("cosine", "wsd", "linear", "exponential", "bent"),
+        "hold": ("linear", "exponential"),
+        "bend": ("bent",),
+        "milestones": ("steps",),
+        "step_factor": ("steps",),
+    }
+    """The schedules that read a key, for the keys that the others refuse."""
 
     name: Literal["constant", "cosine", "wsd", "linear", "exponential", "bent", "steps"] = "constant"
     warmup_steps: int = 0
@@ -126,13 +143,34 @@ class SchedulerConfig:
             raise ValueError(
                 f"final_lr {self.final_lr} and final_factor {self.final_factor} say the same thing; leave one out"
             )
+        if self.final_lr is not None:
+            check_least(self, final_lr=0)
+        for key, schedules in self.USED_BY.items():
+            value, default = getattr(self, key), getattr(type(self), key)
+            if self.name not in schedules and value != default:
+                raise ValueError(
+                    f"{key} {value} has no effect on the schedule {self.name!r}: leave it out "
+                    f"({key}={'null' if default is None else default}), or choose {' or '.join(schedules)} by name"
+                )
+        if self.name == "exponential" and not (self.final_factor if self.final_lr is None else self.final_lr):
+            raise ValueError(
+                "the schedule 'exponential' never falls to 0: set final_factor or final_lr above 0, for example "
+                "final_factor=0.01"
+            )
+
+    def inherited(self, name: str) -> dict[str, Any]:
+        """The keys that the schedule of another player takes over, if it is called ``name``."""
+        keys = (key.name for key in fields(self) if name in self.USED_BY.get(key.name, (name,)))
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True)
 class PlayerConfig:
-    """How one player is trained. In the config, ``players.NAME`` has the keys that differ from the run's.
+    """How one player (a module with its own optimizer) is trained. In the config, ``players.NAME`` has the keys that
+    differ from the run's.
 
     Attributes:
+        optimizer, lr_scheduler: of this player.
         max_grad_norm: its gradients are clipped to this norm; 0 is off.
     """
 
@@ -142,19 +180,25 @@ class PlayerConfig:
 
     def __post_init__(self) -> None:
         check_least(self, max_grad_norm=0)
+        if self.lr_scheduler.final_lr and not self.optimizer.lr:
+            raise ValueError(
+                f"the rate cannot end at lr_scheduler.final_lr {self.lr_scheduler.final_lr}, because optimizer.lr is "
+                "0; set final_lr to null"
+            )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685), which are trained in place of the model's weights.
+    """Low-rank adapters (LoRA, arXiv 2106.09685), which are trained in place of the model's weights.
 
     Attributes:
-        rank: of what is added to each weight.
-        alpha: it is scaled by alpha / rank.
-        targets: patterns of names of the layers that get one, linear and convolutional: ``*.attn.*``; all by default.
-        also: patterns of names of parameters that are trained beside them. What ``init_from`` leaves new, such as a
-            table of other classes, is trained in any case.
-        merge: whether exported weights hold the sum; else the adapter lies beside them, as PEFT has it.
+        rank: of the product that is added to each weight.
+        alpha: the product is scaled by alpha / rank.
+        targets: patterns of the names of the linear and convolutional layers that get an adapter, such as ``*.attn.*``;
+            all by default.
+        also: patterns of the names of parameters that are trained beside the adapters. Parameters that ``init_from``
+            leaves new, such as a table of other classes, are trained in any case.
+        merge: whether exported weights include the adapters; else they lie beside the weights, as in PEFT.
     """
 
     rank: int = 8
@@ -171,28 +215,28 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length, precision and rhythm of a run; all intervals are optimisation steps, 0 turns them off.
+    """Length, precision and intervals of a run. Intervals are optimisation steps; 0 turns them off.
 
     Attributes:
         max_steps: optimisation steps.
-        batch_size: token sequences per step and process (generators; images have data.batch_size).
+        batch_size: token sequences per batch and process, for generators (tokenizers have ``data.batch_size``).
         gradient_accumulation_steps: batches per optimisation step.
         max_grad_norm: gradients are clipped to this norm; 0 is off.
-        mixed_precision: autocast of forward passes. ``accelerate launch --mixed_precision`` may not say another one.
-        ema_decay: decay of the averaged weights that are saved and sampled; 0 keeps no average.
+        mixed_precision: autocast of forward passes; must agree with ``accelerate launch --mixed_precision``, if given.
+        ema_decay: decay of the averaged weights (EMA) that are exported and sampled; 0 keeps no average.
         compile: torch.compile the model.
-        activation_checkpointing: blocks recompute their activations in the backward pass: less memory, a third more
-            work.
-        parallel: how several processes share the work: each a whole model (ddp), or parameters, gradients and
-            optimizer spread over all (fsdp2). ``accelerate launch --use_fsdp`` means fsdp2, too. A run that was started
-            in one way can be resumed in another, also on one process.
-        log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
-        keep_checkpoints: how many of the newest checkpoints stay.
-        best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too; by default
-            psnr where it is logged, else loss; with ``validation``, the held-out one (val_psnr, val_loss). Those from
-            before the objective changed (an adversary took part) do not count once it did.
-        trackers: who gets the metrics, besides metrics.jsonl.
-        lora: train low-rank adapters instead of the weights; None trains these.
+        activation_checkpointing: blocks recompute their activations in the backward pass, which takes less memory and
+            about a third more work.
+        parallel: how several processes share the work: each has a whole model (ddp), or parameters, gradients and
+            optimizer state are sharded over all (fsdp2). ``accelerate launch --use_fsdp`` also selects fsdp2. A run can
+            be resumed with another value, or on one process.
+        log_every, image_every, save_every: intervals at which metrics, pictures and checkpoints are written.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        best_metric: the checkpoint with the best value of this metric (its mean over a log window) is kept, too. By
+            default psnr if it is logged, else loss; with ``validation``, val_psnr or val_loss. When the objective
+            changes (for example, an adversary joins), earlier checkpoints no longer count.
+        trackers: services that get the metrics, besides metrics.jsonl.
+        lora: trains low-rank adapters instead of the weights; None trains the weights.
     """
 
     max_steps: int
@@ -223,23 +267,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Samples that a run does not train on. Their losses, as "val_loss" and so on, are in the log row of every step
-    that saves a checkpoint, and say which checkpoint is the best; the model of that step is in the run's ``best/``.
+    """Held-out samples, which a run does not train on.
 
-    They are measured with the averaged weights, without dropout or augmentation, and with the same draws every time;
-    by the first process, for which the others wait.
+    Every step that saves a checkpoint logs their losses ("val_loss" and so on), which choose the best checkpoint. The
+    model of that step is exported to the run's ``best/``. The losses are measured with the averaged weights, without
+    dropout or augmentation, and with the same draws every time. The first process measures them, and the others wait.
 
     Attributes:
-        data: the keys of the run's ``data`` that differ for held-out images (tokenizers): ``{split: test}``. ``limit``
-            and ``batch_size`` can be among them.
-        tokens: a cache of held-out images by the same tokenizer (generators).
+        data: for tokenizers, the keys of the run's ``data`` that differ for held-out images, such as ``{split: test}``,
+            ``limit`` or ``batch_size``.
+        tokens: for generators, a cache of held-out images, made by the same tokenizer.
     """
 
     data: Annotated[dict[str, Any], KeysOf(DataConfig)] = field(default_factory=dict)
     tokens: str | None = None
 
     def check(self, needed: Literal["data", "tokens"]) -> None:
-        """Raise ConfigError unless exactly what the task reads is given."""
+        """Raise ConfigError unless the section that the task needs is given, and the other one is not."""
         given = [name for name in ("data", "tokens") if getattr(self, name)]
         if given != [needed]:
             raise ConfigError(
@@ -253,14 +297,15 @@ VALIDATION_EXAMPLES = {"data": "validation.data.split=test", "tokens": "validati
 
 @dataclass(frozen=True)
 class InitFrom:
-    """Weights that training starts from; in place of the section, its path.
+    """Weights that training starts from. A config may give the path alone in place of this section.
 
     Attributes:
-        path: whatever ``vistok.load`` takes (a run, a model's folder, RUN/checkpoints/step-N, a hub id, the id of an
-            official checkpoint), or a weights file.
-        module: the part of the model that they are for; by default the whole.
-        rename: new beginnings of the source's keys by patterns (regular expressions) of old ones; null leaves them out.
-        strict: every key must have a place, and every place a key.
+        path: a weights file, or anything that ``vistok.load`` takes: a run, a model's folder, RUN/checkpoints/step-N, a
+            hub id, or the id of an official checkpoint.
+        module: the submodule that gets the weights; by default the whole model.
+        rename: maps regular expressions to new text. The first that matches the beginning of a key replaces it there;
+            null drops the key.
+        strict: the keys of the weights and of the module must be the same.
     """
 
     path: str
@@ -270,7 +315,7 @@ class InitFrom:
 
 
 def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``model`` section; an unknown name is reported later."""
+    """The types of the keys in a ``model`` section; an unknown name is reported later."""
     try:
         return {"name": str, **annotations_of(registry.entry(section.get("name", "")).load())}
     except registry.UnknownModelError:
@@ -279,26 +324,26 @@ def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole training run, as its YAML has it. Each task adds sections of its own.
+    """The config of a whole training run, as in its YAML file. Each task adds sections of its own.
 
     Attributes:
-        task: what is trained.
+        task: ``tokenizer`` or ``generator``.
         output_dir: the run folder; it must not exist, unless the run resumes.
         model: ``name`` (see ``vistok models``) and constructor arguments; without a name, those of ``init_from``.
-        players: what differs for a player ("adversary"): keys of ``PlayerConfig`` by its name.
+        players: by the name of a player (such as "adversary"), the keys of ``PlayerConfig`` that differ for it.
         validation: held-out samples; None is no validation.
         seed: of initial weights, order, augmentation and every draw.
-        init_from: weights that training starts from: a folder, an ``InitFrom``, or several, of which later ones win.
-        freeze: patterns of names of parameters that are not trained; modules that have no others stay in evaluation
+        init_from: weights that training starts from: a path, an ``InitFrom``, or several, of which later ones win.
+        freeze: patterns of the names of parameters that are not trained; modules that have no others stay in evaluation
             mode.
-        curve: what report.html draws the run's curves over: a shipped reference curve (``vistok/train/curves``), or
-            the metrics.jsonl of another run.
+        curve: a reference that report.html shows with the run's curves: a shipped one (``vistok/train/curves``), or the
+            metrics.jsonl of another run.
     """
 
     needed: ClassVar[Literal["data", "tokens"]]
-    """The section that says what is trained on."""
+    """The section that names the training samples."""
     kind: ClassVar[Literal["tokenizer", "generator"]]
-    """What is trained: the kind of ``model.name``."""
+    """The kind of the model that is trained."""
 
     task: str
     output_dir: str
@@ -320,7 +365,7 @@ class RunConfig:
         Raises:
             ConfigError: unknown keys, wrong types, or sections that do not belong to the task.
         """
-        from vistok.train.tasks import TASKS, task_type  # which are made from configs
+        from vistok.train.tasks import TASKS, task_type  # imported here, because tasks import configs
 
         if "stage" in values and "task" not in values:
             log.warning("stage is called task now: task: %s", values["stage"])
@@ -337,7 +382,7 @@ class RunConfig:
         return config
 
     def check_sections(self) -> None:
-        """Raise ConfigError where sections do not go together."""
+        """Raise ConfigError if sections are missing or do not fit together."""
         if not getattr(self, self.needed):
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
         if self.curve is not None:
@@ -361,7 +406,7 @@ class RunConfig:
 
     @property
     def sources(self) -> list[InitFrom]:
-        """What ``init_from`` names."""
+        """The sources in ``init_from``, as a list."""
         given = self.init_from if isinstance(self.init_from, tuple) else [self.init_from]
         return [InitFrom(source) if isinstance(source, str) else source for source in given if source is not None]
 
@@ -375,10 +420,10 @@ class RunConfig:
         return registry.entry(self.model["name"], self.kind)
 
     def build_model(self, derived: Mapping[str, Any]):
-        """Build the model from ``model`` and the arguments that follow from the data.
+        """Build the model from ``model`` and the ``derived`` arguments, which follow from the data.
 
         Raises:
-            ConfigError: an argument is wrong, or given although it is derived and differs.
+            ConfigError: an argument is wrong, or differs from a derived one.
         """
         model_class = self.model_entry().load()
         given = {key: value for key, value in self.model.items() if key != "name"}
@@ -389,7 +434,7 @@ class RunConfig:
         try:
             return construct(model_class, arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
-            # What sizes that no model has do to torch, such as a negative one.
+            # Torch raises these for impossible sizes, such as a negative one.
             odd = [
                 f"model.{place}={value}" for place, value in integers(arguments) if value <= 0 and value is not False
             ]
@@ -399,30 +444,32 @@ class RunConfig:
             ) from error
 
     def player(self, name: str, **optimizer: Any) -> PlayerConfig:
-        """How the player ``name`` is trained: as the run says, changed by ``players.NAME``.
+        """The config of the player ``name``: that of the run, changed by ``players.NAME``.
 
         Args:
-            optimizer: keys of its optimizer that differ by default.
+            optimizer: defaults of this player's optimizer that differ from the run's.
         """
         own = self.players.get(name, {})
+        schedule = own.get("lr_scheduler", {})
+        schedule_name = schedule.get("name") if isinstance(schedule, Mapping) else None
         base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
-        if name != MODEL:  # whose parameters these patterns name
+        if name != MODEL:  # these patterns name parameters of the model
             base |= {"groups": (), "no_decay": ()}
         sections: dict[str, Any] = {
             "optimizer": base | optimizer,
-            "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
+            "lr_scheduler": self.lr_scheduler.inherited(schedule_name or self.lr_scheduler.name),
             "max_grad_norm": self.training.max_grad_norm,
         }
         for key, value in own.items():
             sections[key] = sections.get(key, {}) | value if isinstance(value, Mapping) else value
-        return PlayerConfig(**check(PlayerConfig, sections, f"players.{name}"))
+        return build(PlayerConfig, sections, f"players.{name}")
 
 
 def _own_keys(kind: type[RunConfig]) -> set[str]:
-    """The sections that a task adds."""
+    """The sections that a task adds to ``RunConfig``."""
     return {f.name for f in fields(kind)} - {f.name for f in fields(RunConfig)}
 
 
 MODEL = "model"
-"""The name of the player that holds what is exported."""
+"""The name of the player that holds the exported model."""
 EXAMPLES = {"data": "data.source=folder data.root=photos/ data.image_size=256", "tokens": "tokens=tokens/"}

@@ -1,4 +1,4 @@
-"""Where a run happens: devices and processes, trackers, and the record of what produced it."""
+"""The environment of a run: devices and processes, trackers, and a record of versions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from vistok._version import __version__
-from vistok.config import ConfigError
 from vistok.data.video_decoders import decoder_versions
+from vistok.signatures import ConfigError
 from vistok.train.config import RunConfig
 from vistok.utils.files import atomic_file
 
 
 def open_accelerator(run: RunConfig, folder: Path):
-    """accelerate's view of the devices and processes that this run was started on.
+    """The Accelerator for the devices and processes that this run was started on.
 
     Raises:
-        ConfigError: a tracker that is not installed, or a launcher that asks for another precision than the config.
+        ConfigError: a tracker is not installed, or the launcher asks for another precision than the config.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -36,9 +36,9 @@ def open_accelerator(run: RunConfig, folder: Path):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"training.trackers: {name} is not installed; pip install 'vistok[{name}]'")
     _check_launcher(run.training.mixed_precision)
-    AcceleratorState._reset_state()  # the precision of a run before this one in the same process is not this one's
+    AcceleratorState._reset_state()  # else the precision of an earlier run in the same process would stay
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
+        cpu=not torch.accelerator.is_available(),  # without it accelerate does not find several CPU processes
         mixed_precision=run.training.mixed_precision,
         log_with=list(run.training.trackers) or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
@@ -46,7 +46,7 @@ def open_accelerator(run: RunConfig, folder: Path):
 
 
 def _check_launcher(mixed_precision: str) -> None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which accelerate sets even if nobody asked
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch always sets it, by default to no
     if launched not in ("no", mixed_precision):
         raise ConfigError(
             f"accelerate launch says mixed precision {launched}, the config {mixed_precision}; set "
@@ -55,9 +55,9 @@ def _check_launcher(mixed_precision: str) -> None:
 
 
 def start_trackers(accelerator, folder: Path, trackers: Sequence[str]) -> None:
-    """TensorBoard's events go into the run folder; W&B's run takes its name, and its offline files too.
+    """Start the trackers. TensorBoard's events and W&B's files go into the run folder, whose name W&B's run gets.
 
-    A resumed run goes on in the same W&B run.
+    A resumed run continues the same W&B run.
     """
     options = {}
     if "wandb" in trackers and accelerator.is_main_process:
@@ -66,7 +66,7 @@ def start_trackers(accelerator, folder: Path, trackers: Sequence[str]) -> None:
 
 
 def _wandb_id(path: Path) -> str:
-    """The id in that file; a new one the first time."""
+    """The id in a file; the first call makes it."""
     if not path.exists():
         with atomic_file(path) as temporary:
             temporary.write_text(secrets.token_hex(8))
@@ -74,7 +74,7 @@ def _wandb_id(path: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What produced a run: versions, git revision, machine, command."""
+    """A record of what produced a run: versions, git revision, device, command."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors")
     return {
         "vistok": __version__,

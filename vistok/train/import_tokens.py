@@ -1,4 +1,4 @@
-"""Token caches of other codebases as ours: ``vistok import-tokens``."""
+"""Imports token caches of other codebases: ``vistok import-tokens``."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def import_tokens(
 ) -> TokenCache:
     """Write the samples of another codebase's cache as the token cache ``out``.
 
-    Whether this tokenizer made the tokens cannot be seen from them: looking at some that it decodes is up to the user
+    The tokens do not show whether this tokenizer made them. The user has to look at some decoded tokens
     (``vistok train --dry-run`` shows a batch).
 
     Args:
         format_name: one of :func:`vistok.data.peers.formats`, such as jsonl.
         tokenizer: the one that made the tokens, for example converted from its official checkpoint.
-        classes: names in the order of the labels; None takes those that the cache has, or the ids as text.
+        classes: names in the order of the labels; None takes those of the cache, or the ids as text.
 
     Raises:
         FileExistsError: ``out`` exists.
-        PeerCacheError: not such a cache, a damaged file, or another kind or number of tokens than the tokenizer's.
-        ValueError: ids or labels out of range.
+        PeerCacheError: ``root`` is not in this format, a file is damaged, the kind of tokens is not the tokenizer's, or
+            ids or labels are out of range.
+        ValueError: the number of tokens is not the tokenizer's.
     """
     cache = open_peer_cache(format_name, root)
     samples = track(cache, f"samples of {root}", len(cache))
@@ -82,7 +83,7 @@ def _check_labels(names: Sequence[str], samples: Sequence[PeerSample]) -> None:
 
 
 def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
-    """Ids (B, V, L), or standardised moments (B, V, L, 2D)."""
+    """The tokens of samples: ids (B, V, L), or standardised moments (B, V, L, 2D)."""
     values = torch.from_numpy(np.stack([sample.values for sample in samples]))
     if not tokenizer.has_posterior:
         return values

@@ -1,4 +1,4 @@
-"""The training loop: one for all tasks, on whatever devices accelerate finds."""
+"""The training loop of all tasks, on the devices that accelerate finds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import adapt, check_frozen, initialise, open_starts, with_model_of_source
+from vistok.train.start import Found, adapt, check_frozen, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -45,43 +45,43 @@ log = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """A loss or gradient norm is not finite."""
 
 
 def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
     """Run a training config (see ``RunConfig``) to its end and return the run folder.
 
     The folder gets the resolved config, versions, metrics.jsonl, TensorBoard events, pictures, checkpoints,
-    report.html, and what users load: ``tokenizer/``, or a whole pipeline. On a CPU an interrupted run that is resumed
-    goes through the same numbers as one that was not.
+    report.html, and the trained model: ``tokenizer/``, or a whole pipeline. On a CPU, a run that was interrupted and
+    resumed computes the same numbers as one that was not.
 
     Args:
-        resume: go on from the newest checkpoint of the run folder, or begin where there is none yet.
+        resume: continue from the newest checkpoint of the run folder, or begin at step 0 if there is none yet.
 
     Raises:
-        ConfigError: anything wrong with the config.
-        FileExistsError: the run folder exists and ``resume`` is False.
+        ConfigError: the config is wrong.
+        FileExistsError: the run folder is not empty, and ``resume`` is False.
         CheckpointError: the checkpoint or ``init_from`` does not fit, or the disk is full.
-        TrainingDivergedError: the loss became NaN or infinite.
+        TrainingDivergedError: a loss or gradient norm became NaN or infinite.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
-        LoaderWorkerError: a process that reads data died.
+        LoaderWorkerError: a worker that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
-    config = with_model_of_source(expand(config))
+    config, found = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
     with locked(folder) if is_first_process() else nullcontext():
-        _train(config, run, folder, resume)
+        _train(config, run, folder, found, resume=resume)
     return folder
 
 
-def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool) -> None:
+def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found, *, resume: bool) -> None:
     if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator, task = prepare(run, folder)
+    accelerator, task = prepare(run, folder, found)
     try:
         trainer = Trainer(run, task, accelerator, folder)
         if resume:
@@ -91,21 +91,25 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
-            task.accompany(folder)
+            task.save_companions(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         if accelerator.is_main_process:
             trainer.report()
-        accelerator.wait_for_everyone()  # who leaves while others still write what is exported breaks their group off
+        accelerator.wait_for_everyone()  # a process that leaves while others still export would break their group
     finally:
         accelerator.end_training()
 
 
-def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
-    """The accelerator, and the task with the model that training starts from."""
+def prepare(run: RunConfig, folder: Path, found: Found) -> tuple[Any, Task]:
+    """The accelerator, and the task with the model that training starts from.
+
+    Args:
+        found: from ``with_model_of_source``.
+    """
     from accelerate.utils import set_seed
 
-    starts = open_starts(run)
+    starts = open_starts(run, found)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
     make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
@@ -118,7 +122,7 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
 
 
 class Trainer:
-    """The state of a run and its one loop."""
+    """The state of a run, and its training loop."""
 
     def __init__(self, run: RunConfig, task: Task, accelerator, folder: Path):
         self.seed, self.config, self.task = run.seed, run.training, task
@@ -131,19 +135,19 @@ class Trainer:
         )
         self.players = Players(task, self.config, accelerator)
         self.step, self.meter, self.trail = 0, Meter(), Trail()
-        self.row: dict[str, float] = {}  # the last of the log
-        self.seconds = 0.0  # of training, as far as the first process counts
+        self.row: dict[str, float] = {}  # the last row of the log
+        self.seconds = 0.0  # of training, counted by the first process
         self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
-        """Makes the context that a phase of a step, such as "forward", runs in."""
+        """Makes the context in which a phase of a step, such as "forward", runs."""
 
     def resume(self, config: Mapping[str, Any]) -> None:
-        """Go to the newest checkpoint; where there is none yet, stay at the beginning.
+        """Load the newest checkpoint; without one, stay at step 0.
 
         Args:
-            config: the run's, of which it is said what differs from the one that it had so far.
+            config: of this run; differences from the config in the run folder are logged.
 
         Raises:
-            CheckpointError, ValueError: it is of another model, or of other data.
+            CheckpointError, ValueError: the checkpoint is of another model, or of other data.
         """
         state = self.checkpoints.load()
         if state is not None:
@@ -167,17 +171,17 @@ class Trainer:
                         self.config.max_steps,
                     )
                 self.checkpoints.judge_again(state)
-                self.checkpoints.prune()  # which the process before may not have lived to
+                self.checkpoints.prune()  # the process that saved it may have died before it could
         elif self.accelerator.is_main_process:
             log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
 
     def _changes(self, config: Mapping[str, Any]) -> list[str]:
-        """What differs from the config that the run folder has."""
+        """The differences from the config in the run folder."""
         file = self.folder / "config.yaml"
         return differences(load_config(file), config) if file.is_file() else []
 
     def run(self) -> None:
-        """Train to ``max_steps``; checkpoint and export at the end in any case."""
+        """Train to ``max_steps``; the last step always saves a checkpoint and exports the model."""
         config = self.config
         self.open_log()
         console = Console(
@@ -191,7 +195,7 @@ class Trainer:
         console.introduce(self._introduction())
         batches = forever(self.task.loader)
         with console, self._dead_workers(), StopRequest(self.step) as stop:
-            if self.step:  # resumed; what saved this checkpoint may have ended before it could export
+            if self.step:  # resumed: the process that saved this checkpoint may have died before it could export
                 self.export()
             begin, units = time.monotonic(), 0
             while self.step < config.max_steps:
@@ -201,7 +205,7 @@ class Trainer:
                 last = self.step == config.max_steps
                 stopped = stop.agreed(self.step, self.accelerator) and not last
                 saving = _due(self.step, config.save_every) or last
-                validating = self.task.validates and saving and not stopped  # whose time may be short
+                validating = self.task.validates and saving and not stopped  # a stopped run may have little time
                 held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
                     self.check_finite()
@@ -216,7 +220,7 @@ class Trainer:
                 if saving or stopped:
                     self.save(validated=bool(held_out))
                 if stopped:
-                    number = stop.signal or signal.SIGTERM  # which another process has got
+                    number = stop.signal or signal.SIGTERM  # another process may have got the signal
                     raise TrainingInterrupted(
                         f"stopped by {number.name} after step {self.step}; go on with --resume, from "
                         f"{self.checkpoints.path(self.step)}",
@@ -226,13 +230,13 @@ class Trainer:
         self._name_unreadable()
 
     def open_log(self) -> None:
-        """Begin metrics.jsonl, or go on with it."""
-        if self.accelerator.is_main_process:  # which removes what others leave half-written
+        """Open metrics.jsonl, and continue it if the run resumes."""
+        if self.accelerator.is_main_process:
             self.metrics = MetricsFile(self.folder / METRICS_FILE, self.step)
             self.seconds = self.metrics.seconds()
 
     def _introduction(self) -> dict[str, str]:
-        """What is said before the first step: where it runs, what is trained, and how to watch."""
+        """What the console shows before the first step: model, device, folder, and how to watch the run."""
         accelerator, entry = self.accelerator, self.task.config.model["name"]
         precision = "" if self.config.mixed_precision == "no" else f", {self.config.mixed_precision}"
         processes = "" if accelerator.num_processes == 1 else f", {accelerator.num_processes} processes"
@@ -249,7 +253,7 @@ class Trainer:
 
     @contextmanager
     def _dead_workers(self) -> Iterator[None]:
-        """Name the cause if a process that reads data dies: it shows as a broken connection, or as torch's error."""
+        """Raise LoaderWorkerError if a worker dies, which otherwise shows as a broken connection or torch's error."""
         try:
             yield
         except (OSError, EOFError, RuntimeError) as error:
@@ -259,7 +263,7 @@ class Trainer:
             raise
 
     def optimise(self, batches: Iterator[Any]) -> int:
-        """One optimisation step; returns how many units of data it saw, on all processes."""
+        """Do one optimisation step; returns how many units of data all processes together have seen in it."""
         parts, units = self.config.gradient_accumulation_steps, 0
         moving: dict[str, None] = {}
         clock = Clock(self.step, self.config.max_steps)
@@ -270,11 +274,11 @@ class Trainer:
             self.trail.add_batch(self.step + 1, batch.indices)
             batch = on_device(batch, self.accelerator.device)
             units += self.task.count(batch)
-            # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
-            # an epoch draws from it too, so the batch comes first.
+            # Dropout draws from the global generator: seeding it by the step makes it resumable. A loader that starts
+            # an epoch draws from it, too, so the batch is read first.
             key = f"{self.seed}/{self.step}/{part}/{self.accelerator.process_index}"
             torch.manual_seed(zlib.crc32(key.encode()))
-            with nullcontext() if part == parts - 1 else self.players.gathering():
+            with nullcontext() if part == parts - 1 else self.players.no_sync():
                 for turn in self._turns(batch, clock):
                     self._add_gradients(turn)
                     moving[turn.player] = None
@@ -303,15 +307,21 @@ class Trainer:
 
     def _move(self, player: str) -> None:
         with self.phase("optimizer"):
-            norms = self.players.move(player)
+            norms = self.players.step(player)
         with self.phase("logging"):
             self.meter.add(norms)
-            if not self.players[player].scales_loss:  # which makes gradients infinite now and then
+            if not self.players[player].scales_loss:  # scaled gradients are infinite now and then
                 for name, norm in norms.items():
                     self.trail.add(self.step + 1, name, norm)
 
     def log(self, units: int, elapsed: float, held_out: dict[str, float]) -> None:
-        """Write the row of a log window, which took ``elapsed`` seconds for so many ``units`` of data."""
+        """Write the row of a log window.
+
+        Args:
+            units: how many units of data all processes have seen in the window.
+            elapsed: seconds of training in the window.
+            held_out: the held-out losses, if they were measured.
+        """
         self.meter.add(self.task.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
@@ -329,7 +339,11 @@ class Trainer:
         self.row = row
 
     def check_finite(self) -> None:
-        """Raise TrainingDivergedError, on all processes, if a loss or gradient since the last check was not finite."""
+        """Check the losses and gradient norms since the last check.
+
+        Raises:
+            TrainingDivergedError: on all processes, if one of them is not finite on any process.
+        """
         culprit = self.trail.check(self.task.sample_name)
         bad = torch.tensor(float(culprit is not None), device=self.accelerator.device)
         if not self.accelerator.reduce(bad, reduction="sum"):
@@ -347,18 +361,18 @@ class Trainer:
         )
 
     def _validate(self, stop: StopRequest) -> dict[str, float]:
-        """Held-out losses, on all processes; the first one measures them. Empty if it is asked to stop meanwhile.
+        """The held-out losses, which the first process measures and all get; empty if the run is asked to stop.
 
         Raises:
-            TooManyUnreadableError: on all processes, after saving what was trained.
+            TooManyUnreadableError: on all processes, after a checkpoint is saved.
         """
         from accelerate.utils import broadcast_object_list
 
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
-                home = learner.model.device  # the whole copy of a sharded model lives on the CPU
+                home = learner.model.device  # the CPU, for the whole copy of a sharded model
                 learner.to(self.accelerator.device)
                 try:
                     with self.accelerator.autocast():
@@ -375,18 +389,18 @@ class Trainer:
         return losses
 
     def _picture(self) -> None:
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
                         save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
-                    frames = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, C), as trackers read them
+                    frames = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, C), for trackers
                     for tracker in self.accelerator.trackers:
                         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                         tracker.log_images({"pictures": frames}, self.step, **layout)
 
     def report(self) -> None:
-        """Write report.html: the run is whole without it, and `vistok report` makes it again."""
+        """Write report.html. If that fails, the run is still complete, and `vistok report` makes the page."""
         try:
             with self.checkpoints.disk_errors("report.html"):
                 write_run_report(self.folder, examples=self.task.examples)
@@ -397,8 +411,8 @@ class Trainer:
             raise
 
     def export(self) -> None:
-        """Write what users load."""
-        with self.players.best() as learner:
+        """Write the model that users load; also to ``best/`` if its checkpoint is the best by validation."""
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)
@@ -406,9 +420,9 @@ class Trainer:
                         self.task.export(self.folder / BEST_MODEL, learner.model)
 
     def save(self, *, validated: bool) -> None:
-        """Write a checkpoint and what users load; also to ``best/`` where validation says that it is the best."""
+        """Write a checkpoint, and export the model."""
         self.check_finite()
-        self.task.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
+        self.task.loader.count_failures(self._unreadable())  # only the first process's state is saved
         state = self._state()
         judged_by = self.row if validated or not self.task.validates else None
         if self.accelerator.is_main_process:
@@ -416,7 +430,7 @@ class Trainer:
         self.export()
 
     def _state(self) -> dict[str, Any]:
-        """Everything that ``_load`` needs; all processes must call it."""
+        """Everything that ``_load`` needs. All processes must call it."""
         return {
             **self.players.state_dict(),
             "loader": self.task.loader.state_dict(),
@@ -433,13 +447,13 @@ class Trainer:
         self.task.load_state_dict(state["task"], first_process=self.accelerator.is_main_process)
 
     def _unreadable(self) -> Failures:
-        """Samples that could not be read so far, on any process; all processes must call it."""
+        """The samples that any process could not read so far. All processes must call it."""
         from accelerate.utils import gather_object
 
         return dict(ChainMap(*gather_object([self.task.loader.failures])))
 
     def _name_unreadable(self) -> None:
-        """Say once more, at the end, which samples no step or no validation has seen."""
+        """Log once more, at the end, which samples were left out of training and validation."""
         for failures, use in ((self._unreadable(), "training"), (self.task.held_out.failures, "validation")):
             if failures and self.accelerator.is_main_process:
                 shown = listed(failures)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, the console."""
+"""Monitoring of a run: means of metrics, codebook usage, metrics.jsonl, the console."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_STEPS = 10**15
 
 
 class Meter:
-    """Means of scalar tensors over a window, without waiting for the device until they are read."""
+    """Means of scalar tensors over a window. Only reading them waits for the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -33,7 +33,7 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
-        """Read the means, averaged by ``over_processes`` where there are several, and start a new window."""
+        """Read the means, averaged over several processes by ``over_processes``, and start a new window."""
         if not self._sums:
             return {}
         values = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
@@ -50,11 +50,22 @@ class Meter:
         self._counts = dict(state["counts"])
 
 
+def perplexity(counts: Tensor) -> Tensor:
+    """The perplexity of the distribution of codes that were chosen so often: 1 .. the number of codes."""
+    share = counts / counts.sum()
+    return (-(share * share.clamp_min(1e-12).log()).sum()).exp()
+
+
+def expected_usage(codebook_size: int, count: int) -> float:
+    """The share of a codebook, in [0, 1], that ``count`` uniformly drawn codes are expected to use."""
+    return 1 - (1 - 1 / codebook_size) ** count
+
+
 class CodeUsage:
-    """Which codes the tokenizer chose in a window.
+    """Counts the codes that a tokenizer chooses in a window.
 
     Attributes:
-        counts: (codebook_size,) times that each code was chosen, on this process.
+        counts: (codebook_size,) how often each code was chosen on this process.
     """
 
     def __init__(self, codebook_size: int):
@@ -63,20 +74,18 @@ class CodeUsage:
 
     def add(self, ids: Tensor) -> None:
         ids = ids.flatten()
-        # Not bincount, which waits for the device to learn the largest id.
+        # bincount would wait for the device, to know the largest id.
         self.counts = self.counts.to(ids.device).scatter_add(0, ids, torch.ones_like(ids))
 
     def read(self) -> dict[str, Tensor]:
-        """The share of codes in use, and the perplexity of their distribution (1 .. codebook_size), over all processes;
-        a new window begins."""
+        """Read the share of codes in use and the perplexity of their distribution (1 .. codebook_size), over all
+        processes, and start a new window."""
         counts = self.over_processes()
-        share = counts / counts.sum()
-        entropy = -(share * share.clamp_min(1e-12).log()).sum()
         self.counts = torch.zeros_like(self.counts)
-        return {"codebook_usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+        return {"codebook_usage": (counts > 0).float().mean(), "perplexity": perplexity(counts)}
 
     def over_processes(self) -> Tensor:
-        """The counts of all processes together; all must call it."""
+        """The counts of all processes together. All of them must call it."""
         counts = self.counts.clone()
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
@@ -84,11 +93,11 @@ class CodeUsage:
 
 
 class CodebookWatch:
-    """Notices a dying codebook: usage below a share of what so many tokens could use, for so many steps.
+    """Notices a dying codebook: usage stays below ``SHARE`` of the possible usage for ``PATIENCE`` steps.
 
     Args:
-        possible: how much of the codebook evenly spread tokens of one log window would use, 0..1.
-        remedies: what this tokenizer offers against it, as config keys with what to set.
+        possible: the share of the codebook, 0..1, that uniformly drawn tokens of one log window would use.
+        remedies: config keys of this tokenizer that may help, with the values to set.
     """
 
     SHARE, PATIENCE = 0.1, 500
@@ -99,14 +108,14 @@ class CodebookWatch:
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Since when usage is low, and whether that was said, so that a resumed run neither forgets nor repeats it."""
+        """The step since which usage is low, and whether a warning was given, so that resumed runs do not repeat it."""
         return {"low_since": self._low_since, "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._low_since, self._warned = state["low_since"], state["warned"]
 
     def update(self, step: int, usage: float) -> str | None:
-        """Look at the usage of a window that ends with ``step``; the warning, the one time that it is due."""
+        """Take the usage of the window that ends with ``step``; returns the warning when it is due, once per run."""
         if usage >= self.SHARE * self.possible:
             self._low_since = None
             return None
@@ -122,8 +131,7 @@ class CodebookWatch:
 
 
 class CodebookMonitor:
-    """The codes that a tokenizer chose in a log window, and a warning when they become few. Of tokens that are no ids
-    it says nothing.
+    """Metrics of the codes in a log window, and a warning if few are in use. Does nothing for continuous tokens.
 
     Args:
         codebook_size: None if tokens are continuous.
@@ -139,22 +147,22 @@ class CodebookMonitor:
             self.usage.add(tokens)
 
     def read(self) -> dict[str, Tensor]:
-        """Metrics of the window, over all processes; a new window begins."""
+        """Read the metrics of the window, over all processes, and start a new window."""
         return {} if self.usage is None else self.usage.read()
 
     def warning(self, step: int, row: dict[str, float]) -> str | None:
-        """What the log row of ``step`` should make a user do something about."""
+        """A warning for the user about the log row of ``step``, or None."""
         return None if self.watch is None else self.watch.update(step, row["codebook_usage"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs; all processes must call it."""
+        """What ``load_state_dict`` needs. All processes must call it."""
         return {
             "counts": None if self.usage is None else self.usage.over_processes(),
             "watch": None if self.watch is None else self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:
-        """Counts, which are sums over processes, are the first one's."""
+        """Restore a state. Its counts are sums over processes, so only the first process takes them."""
         if self.usage is not None and first_process:
             self.usage.counts = state["counts"]
         if self.watch is not None:
@@ -162,8 +170,10 @@ class CodebookMonitor:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, in the order of steps, without repeats after a resume. A number that is
-    not finite, such as fp16's first gradient norms, is null: JSON has no other word for it."""
+    """metrics.jsonl: one JSON object per line, in the order of steps, without repeats after a resume.
+
+    A number that is not finite, such as fp16's first gradient norms, is null, because JSON cannot express it.
+    """
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
@@ -178,7 +188,7 @@ class MetricsFile:
             file.write(json.dumps(numbers, allow_nan=False) + "\n")
 
     def seconds(self) -> float:
-        """Training time that the rows account for."""
+        """The training time in seconds up to the last row."""
         rows = read_metrics(self.path) if self.path.exists() else []
         return last_seconds(rows) or 0.0
 
@@ -188,7 +198,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     process died is left out.
 
     Raises:
-        ValueError: another line is no row; the message has its number.
+        ValueError: another line is not a row; the message has its number.
     """
     *whole, _ = Path(path).read_text(errors="replace").split("\n")
     rows = []
@@ -218,19 +228,19 @@ def last_seconds(rows: Sequence[Mapping[str, float | None]]) -> float | None:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of a GPU, the most that torch has reserved so far; elsewhere, what this process has in memory now."""
+    """Memory use in bytes: on a GPU, the most that torch has reserved so far; elsewhere, the process's current use."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return psutil.Process().memory_info().rss
 
 
 BESIDE_THE_LOSS = {"psnr": ("PSNR", ".2f"), "codebook_usage": ("codes", ".0%"), "accuracy": ("accuracy", ".1%")}
-"""What the console shows beside the loss, where it is logged: by metric its label and format."""
+"""Metrics that the console shows beside the loss, if they are logged: label and format by name."""
 
 
 class Console:
-    """Loss, speed, memory and time left: a progress bar on a terminal, plain lines elsewhere, nothing on other
-    processes."""
+    """Shows loss, speed, memory and time left: a progress bar on a terminal, plain lines elsewhere, nothing if
+    ``quiet``."""
 
     def __init__(self, title: str, max_steps: int, step: int, *, unit: str, device: torch.device, quiet: bool):
         from rich.console import Console as RichConsole
@@ -250,7 +260,7 @@ class Console:
         self._begin, self._first = time.monotonic(), step
 
     def introduce(self, facts: Mapping[str, str]) -> None:
-        """Say what begins, a line for each fact."""
+        """Print facts about the run, one per line."""
         if not self._quiet:
             width = max(map(len, facts))
             for name, text in facts.items():

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from vistok.checkpoints import Model
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.names import matching
 from vistok.train.parallel import local
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam(W) of named parameters, in groups of one rate and decay; frozen ones are left out.
+    """Adam or AdamW for named parameters, with a group per learning rate and weight decay; frozen ones are left out.
 
     Raises:
-        ConfigError: a pattern that no name fits, or nothing to train.
+        ConfigError: a pattern matches no name, or all parameters are frozen.
     """
     named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not named:
@@ -56,18 +56,17 @@ TAILS: dict[str, Callable[[float], float]] = {
     "sqrt": lambda done: 1 - math.sqrt(done),
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-"""What is left of the fall of a ``wsd`` schedule at each share of its tail, see ``SchedulerConfig.decay_shape``."""
+"""The shapes of wsd's decay, from 1 to 0 by the share of it that is over; see ``SchedulerConfig.decay_shape``."""
 
 
 def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:
-    """The factor on the learning rate at each step 0 .. max_steps - 1; of cosine and wsd the last one's is
-    ``final_factor``.
+    """The factor on the learning rate as a function of the step, 0 .. max_steps - 1.
 
     Args:
-        lr: the peak rate, of which ``final_lr`` is a share.
+        lr: the peak rate, which turns ``final_lr`` into a factor.
     """
     last, warmup = max_steps - 1 - config.start_step, config.warmup_steps
-    final = config.final_factor if config.final_lr is None else config.final_lr / lr
+    final = config.final_lr / lr if config.final_lr else config.final_factor
 
     def shape(step: int) -> float:
         progress = (step - warmup) / max(last - warmup, 1)
@@ -87,7 +86,7 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
         return config.step_factor ** sum(step >= milestone for milestone in config.milestones)
 
     def rise(step: int) -> float:
-        if config.warmup_from is None:  # step 0 already learns: a factor of exactly zero would waste it
+        if config.warmup_from is None:  # a factor of zero would waste step 0
             return (step + 1) / (warmup + 1)
         return config.warmup_from + (1 - config.warmup_from) * step / warmup
 
@@ -99,7 +98,10 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
 
 
 def decay_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """The factor on weight decays at each step 0 .. max_steps - 1: 1 at first, at last what makes the final one."""
+    """The factor on weight decays as a function of the step, 0 .. max_steps - 1.
+
+    It goes from 1 to ``final_weight_decay / weight_decay`` along half a cosine.
+    """
     if config.final_weight_decay is None:
         return lambda step: 1.0
     last = config.final_weight_decay / config.weight_decay
@@ -107,9 +109,9 @@ def decay_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], flo
 
 
 class AveragedModel:
-    """Exponential moving average of a model's parameters; buffers are copied.
+    """Exponential moving average (EMA) of a model's parameters; buffers are copied.
 
-    The decay starts low, (1 + n) / (10 + n) at update n, so that the initial weights are forgotten.
+    The decay is at most (1 + n) / (10 + n) at update n, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, model: Model, decay: float):
@@ -118,7 +120,7 @@ class AveragedModel:
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
-        """Begin again at the weights of a model."""
+        """Start the average anew at the weights of a model."""
         self.updates = 0
         for own, other in zip(self.model.parameters(), model.parameters()):
             local(own).copy_(local(other.detach()))

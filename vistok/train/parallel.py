@@ -1,9 +1,7 @@
-"""What is put around a model from outside: activation checkpointing, DDP, and FSDP2 with whole states of models and
-optimizers."""
+"""Activation checkpointing and FSDP2 around a model, and whole states of sharded models and optimizers."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.weights import check_state
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import TrainingConfig
 from vistok.train.tasks import Task
 
@@ -31,10 +29,10 @@ AUTOCAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def wants_fsdp2(training: TrainingConfig, task: Task) -> bool:
-    """Whether the config says so, or the run was started by ``accelerate launch --use_fsdp``.
+    """Whether to use FSDP2: the config says so, or the run was started by ``accelerate launch --use_fsdp``.
 
     Raises:
-        ConfigError: FSDP2 with something that it cannot be combined with.
+        ConfigError: FSDP version 1, or an option that does not work with FSDP2.
     """
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if launched and os.environ.get("FSDP_VERSION", "2") != "2":
@@ -48,16 +46,17 @@ def wants_fsdp2(training: TrainingConfig, task: Task) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The units that a model repeats: outermost modules whose class is called ...Block (diffusers: ...Block2D)."""
+    """The outermost blocks of a model: modules whose class name ends in Block (in diffusers, Block2D)."""
     if type(model).__name__.removesuffix("2D").endswith("Block"):
         return [model]
     return [block for child in model.children() for block in repeated_blocks(child)]
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let every block keep its input only, and compute the rest again for the gradient (arXiv 1604.06174).
+    """Make every block keep only its input, and recompute its activations in the backward pass (arXiv 1604.06174).
 
-    Copies of the model must be made before: a later copy would call the blocks of the original.
+    Each block gets a subclass of its class, as in FSDP2's ``fully_shard``, so that the names of its parameters stay as
+    they are and copies of the model call their own blocks.
 
     Raises:
         ConfigError: the model has no blocks.
@@ -65,26 +64,28 @@ def checkpoint_activations(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has no repeated blocks")
-    for block in blocks:
-        block.forward = _checkpointed(block.forward)
+    # The name stays, because ``repeated_blocks`` finds blocks by it.
+    kinds = {kind: type(kind.__name__, (_Recomputing, kind), {}) for kind in map(type, blocks)}
+    for block in dict.fromkeys(blocks):
+        block.__class__ = kinds[type(block)]
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+class _Recomputing(nn.Module):
+    """The first base of blocks that recompute their activations."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return recomputed
-
 
 def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:
-    """Spread the parameters of a model over all processes (FSDP2), block by block.
+    """Shard the parameters of a model over all processes (FSDP2), block by block.
 
-    With ``mixed_precision`` bf16, weights that autocast would turn into bfloat16 anyway are gathered in it, at half the
-    traffic, where a block has no others but norms. Everything else, a codebook for one, is gathered as it is, and all
-    gradients are added up in float32: the numbers are those of DDP.
+    With ``mixed_precision`` bf16, weights that autocast would cast anyway are gathered in bfloat16, at half the
+    traffic, in blocks whose other weights are all norms. All other weights, such as a codebook, keep their dtype, and
+    gradients are reduced in float32. So the numbers are those of DDP.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -107,7 +108,7 @@ def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no"
 
 
 def _norms(block: nn.Module) -> list[nn.Module] | None:
-    """The norms of a block, if it has no other weights but those that autocast casts; None if it has, or is frozen.
+    """The norms of a block, if all its other weights are cast by autocast; None if not, or if some are frozen.
 
     Frozen networks may run outside of autocast, in float32.
     """
@@ -118,13 +119,13 @@ def _norms(block: nn.Module) -> list[nn.Module] | None:
 
 
 def _return_no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: outputs that are views are copied. FSDP2 hangs on a module's outputs what its backward pass needs,
-    and an operation in place on a view would lose that."""
+    """Forward hook that copies outputs that are views. FSDP2 attaches its backward hooks to a module's outputs, and an
+    in-place operation on a view would lose them."""
     return _map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor, output)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with its tensors replaced, in data classes, dictionaries, tuples and lists."""
+    """``value`` with ``function`` applied to its tensors, in dataclasses, dictionaries, tuples and lists."""
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -137,18 +138,19 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip in place; returns the norm before, over all processes where parameters are sharded."""
+    """Clip gradients in place, and return their norm before; for sharded parameters it is the norm over all
+    processes."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
+    """The part of a sharded tensor (DTensor) on this process, sharing its memory; other tensors as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def replicating() -> AbstractContextManager[None]:
-    """A context in which sharded tensors (DTensor) compute with plain ones, which must be equal on all processes."""
+    """A context in which DTensors can be combined with plain tensors, which must be equal on all processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication
@@ -157,7 +159,7 @@ def replicating() -> AbstractContextManager[None]:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model; if that is sharded, gathered on the CPU of process 0, and empty elsewhere.
+    """The whole state dict of a model; of a sharded model, on the CPU of process 0, and empty on the others.
 
     All processes must call it.
     """
@@ -170,10 +172,11 @@ def load_whole_state_dict(
     """Load a whole state dict, which every process has, into a model that may be sharded.
 
     Args:
-        optional: keys that may be absent from the state; they stay as they are.
+        source: names the state in messages.
+        optional: keys that the state may lack; the model's own values stay.
 
     Raises:
-        CheckpointError: it does not fit; ``source`` names it in the message.
+        CheckpointError: the state does not fit the model.
     """
     check_state(model, state, source=source, optional=optional)
     set_model_state_dict(model, dict(state), options=replace(_options(model), strict=False))
@@ -182,11 +185,10 @@ def load_whole_state_dict(
 def named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
-    """What an optimizer remembers of each parameter of a model, by its name in ``named``, gathered as
-    ``whole_state_dict`` does it."""
+    """The optimizer state of each trained parameter, by its name in ``named``; gathered as by ``whole_state_dict``."""
     own, trained = _keys(model), _trained(optimizer)
     state: Any = {}
-    if optimizer.state:  # if not, the library would begin it by a step
+    if optimizer.state:  # torch would initialise an empty state by an optimizer step
         state = get_optimizer_state_dict(model, optimizer, options=_options(model)).get("state", {})
     return {name: state.get(own[parameter], {}) for name, parameter in named.items() if parameter in trained}
 
@@ -199,14 +201,16 @@ def load_named_state(
     *,
     fresh: Collection[str] = (),
 ) -> None:
-    """Load what ``named_state`` returned, which every process has, into an optimizer of a model that may be sharded
-    otherwise. Rates, decays and groups stay the optimizer's own.
+    """Load the result of ``named_state``, which every process has, into the optimizer of a model.
+
+    The model may be sharded in another way than the saved one. Learning rates, weight decays and groups stay those of
+    the optimizer.
 
     Args:
-        fresh: names of parameters that it need not remember.
+        fresh: names of parameters that the state may lack.
 
     Raises:
-        CheckpointError: it is the state of an optimizer of other parameters.
+        CheckpointError: the state is that of other parameters.
     """
     own, trained = _keys(model), _trained(optimizer)
     parameters = {name: parameter for name, parameter in named.items() if parameter in trained}
@@ -219,10 +223,10 @@ def load_named_state(
         options = replace(_options(model), strict=False)
         set_optimizer_state_dict(model, optimizer, {"state": saved, "param_groups": groups}, options=options)
         for group, own_values in zip(optimizer.param_groups, kept, strict=True):
-            group.update(own_values)  # the library makes lists of tuples
+            group.update(own_values)  # torch turns tuples into lists
     for name, parameter in parameters.items():
         if not state.get(name):
-            optimizer.state.pop(parameter, None)  # the library has begun it
+            optimizer.state.pop(parameter, None)  # torch has initialised it
 
 
 def _options(model: nn.Module) -> StateDictOptions:

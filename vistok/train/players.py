@@ -1,4 +1,4 @@
-"""Who is trained: modules with an optimizer each, and the average of the model, on one process or over many."""
+"""Players: modules that are trained, each with its own optimizer; and the average (EMA) of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.weights import hash_weights, listing
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
 from vistok.train.optim import (
     AveragedModel,
@@ -42,15 +42,15 @@ EXPORTED = Learner.EXPORTED
 
 
 class Player:
-    """One module that is trained, on its device, with its optimizer, schedule and clipping.
+    """A module that is trained, with its optimizer, learning-rate schedule and gradient clipping.
 
     Args:
-        module: as the task made it.
-        wrapped: the module as it is called in training, so that gradients are averaged over processes.
+        module: the task's module, on its device.
+        wrapped: the module that is called in training, which averages gradients over processes.
         prefix: of the names of its loss and gradient norm in logs.
 
     Attributes:
-        scaler: of its loss in fp16, or None.
+        scaler: scales its loss in fp16; else None.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class Player:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether its loss is scaled, for gradients in fp16."""
+        """Whether its loss is scaled, because gradients are in fp16."""
         return self.scaler is not None
 
     def begin(self, step: int) -> None:
-        """Learning rates and weight decays become those of ``step``."""
+        """Set the learning rates and weight decays of ``step``."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._lr_factor(step)
             group["weight_decay"] = group["initial_weight_decay"] * self._decay_factor(step)
 
     def backward(self, loss: Tensor) -> None:
-        """Add up the gradients of a loss."""
+        """Add the gradients of a loss to the parameters' ``grad``."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def move(self) -> dict[str, Tensor]:
-        """Apply the gradients; their norm, if they are clipped."""
+    def step(self) -> dict[str, Tensor]:
+        """Apply the gradients; returns their norm by its name in logs, if they are clipped."""
         with replicating():
             for module in self.module.modules():
                 if module.training and isinstance(module, AfterBackward):
@@ -110,7 +110,7 @@ class Player:
         return norms
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs. Shards are gathered, so all processes must call it."""
+        """What ``load_state_dict`` needs. It gathers shards, so all processes must call it."""
         return {
             "weights": whole_state_dict(self.module),
             "optimizer": named_state(self.optimizer, self.module, _names(self.module)),
@@ -118,13 +118,13 @@ class Player:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, fresh: Collection[str] = ()) -> None:
-        """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
+        """Load a state from a run on any number of processes, sharded or not. All processes must call it.
 
         Args:
             fresh: keys of weights and names of parameters that the state lacks.
 
         Raises:
-            CheckpointError: a state of another module.
+            CheckpointError: the state is that of another module.
         """
         load_whole_state_dict(self.module, state["weights"], source="the checkpoint", optional=fresh)
         load_named_state(self.optimizer, self.module, _names(self.module), state["optimizer"], fresh=fresh)
@@ -133,11 +133,11 @@ class Player:
 
 
 class Players:
-    """All players of a task, and the average of what is exported.
+    """All players of a task, and the average of the exported model.
 
     Attributes:
-        wrapped: what to call in training, by name.
-        average: the averaged weights, or None. Never wrapped, but sharded like the model.
+        wrapped: by name, the modules to call in training.
+        average: the averaged weights, or None. It is never wrapped, but sharded like the model.
     """
 
     def __init__(self, task: Task, training: TrainingConfig, accelerator):
@@ -169,11 +169,11 @@ class Players:
         self.wrapped = {name: player.wrapped for name, player in self._players.items()}
 
     def _prepare(self, learner: Learner, training: TrainingConfig) -> None:
-        """Average, checkpoint, compile and shard the model."""
+        """Make the average, then set up activation checkpointing, compilation and sharding of the model."""
         device = self._accelerator.device
         self.average = AveragedModel(learner.model, training.ema_decay) if training.ema_decay else None
         if self._sharded and self._accelerator.is_main_process:
-            # Where a whole model is needed (pictures, export), process 0 gathers the shards into this one.
+            # For pictures and export, process 0 gathers the shards into this whole model.
             self._whole = copy.deepcopy(learner).cpu()
         if training.activation_checkpointing:
             checkpoint_activations(learner.model)
@@ -185,7 +185,8 @@ class Players:
                 shard(self.average.model, device)
 
     def _wrap(self, name: str, module: nn.Module, *, changing: bool) -> nn.Module:
-        """Replicate a player on several processes, but for a model that is sharded. Other players are small."""
+        """Wrap a player in DDP, unless there is one process, or it is the sharded model. Other players are small, and
+        never sharded."""
         device = self._accelerator.device
         if self._accelerator.num_processes == 1 or (self._sharded and name == MODEL):
             return module
@@ -198,34 +199,34 @@ class Players:
 
     @property
     def lr(self) -> float:
-        """The model's learning rate."""
+        """The learning rate of the model."""
         return self._players[MODEL].lr
 
     def begin(self, step: int) -> None:
-        """Learning rates become those of ``step``."""
+        """Set the learning rates and weight decays of ``step`` for all players."""
         for player in self._players.values():
             player.begin(step)
 
-    def move(self, name: str) -> dict[str, Tensor]:
-        """Apply a player's gradients; their norm, if they are clipped."""
-        norms = self._players[name].move()
+    def step(self, name: str) -> dict[str, Tensor]:
+        """Apply a player's gradients; returns their norm by its name in logs, if they are clipped."""
+        norms = self._players[name].step()
         if name == MODEL and self.average is not None:
             self.average.update(self._learner.model)
         return norms
 
     @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """A context in which gradients add up on each process, and are not averaged over all (``no_sync``)."""
+    def no_sync(self) -> Iterator[None]:
+        """A context in which each process accumulates gradients without averaging over processes (``no_sync``)."""
         with ExitStack() as stack:
             for player in self._players.values():
                 stack.enter_context(self._accelerator.no_sync(player.wrapped))
             yield
 
     @contextmanager
-    def best(self) -> Iterator[Learner | None]:
-        """The learner with the averaged model where there is one, in evaluation mode meanwhile.
+    def averaged(self) -> Iterator[Learner | None]:
+        """A context with the learner in evaluation mode, with the averaged model if there is one.
 
-        All processes must enter; of a sharded model, process 0 gets a whole copy and the others None.
+        All processes must enter it. Of a sharded model, process 0 gets a whole copy and the others None.
         """
         model = self._learner.model if self.average is None else self.average.model
         if self._sharded:
@@ -242,8 +243,10 @@ class Players:
         self._learner.train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; all processes must call it. "model" is what is exported, under its
-        own names, and the average's "model" alike."""
+        """Everything that ``load_state_dict`` needs. All processes must call it.
+
+        "model" holds the weights of the exported model under the model's own names; so does "model" in "average".
+        """
         players = {name: player.state_dict() for name, player in self._players.items()}
         weights, average = players[MODEL]["weights"], self.average
         players[MODEL]["weights"] = _others(weights)
@@ -255,10 +258,10 @@ class Players:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
+        """Load a state from a run on any number of processes, sharded or not. All processes must call it.
 
         Raises:
-            CheckpointError: a state of another model, or of a version whose optimizers were saved otherwise.
+            CheckpointError: the state is that of another model, or of a version with another format.
         """
         if "players" not in state:
             raise CheckpointError(
@@ -276,7 +279,7 @@ class Players:
         self._load_average(state["average"])
 
     def _say(self, message: str, *values: Any) -> None:
-        """Log a message on the first process alone."""
+        """Log a warning on the first process only."""
         if self._accelerator.is_main_process:
             log.warning(message, *values)
 
@@ -291,7 +294,8 @@ class Players:
     def _with_losses(
         self, model: Mapping[str, Tensor], losses: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], set[str]]:
-        """The learner's weights of those of its model and its losses, and the keys that they lack."""
+        """The learner's weights, joined from those of the model and the losses, and the keys of losses that are
+        missing."""
         own = _others(self._learner.state_dict())
         for what, keys in (("begin afresh", own.keys() - losses), ("are left out", losses.keys() - own)):
             if keys:
@@ -312,7 +316,7 @@ class Players:
 
     @cache  # noqa: B019 (one object per run)
     def _hashes(self) -> dict[str, str]:
-        """What tells the frozen networks from others of their names."""
+        """A hash of the class and weights of each frozen network, by name."""
         digests = {name: hashlib.sha256(type(network).__name__.encode()) for name, network in self._frozen.items()}
         for name, digest in digests.items():
             hash_weights(digest, self._frozen[name].state_dict())
@@ -320,7 +324,7 @@ class Players:
 
 
 def _check_frozen(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raise CheckpointError if a network of that name had other weights."""
+    """Raise CheckpointError if a frozen network had other weights when the checkpoint was saved."""
     other = [name for name in own if saved.get(name, own[name]) != own[name]]
     if other:
         raise CheckpointError(
@@ -330,10 +334,10 @@ def _check_frozen(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
 
 
 def _names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names that configs and checkpoints know."""
+    """Parameters by the names that configs and checkpoints use."""
     return module.parameters_by_name() if isinstance(module, Learner) else dict(module.named_parameters())
 
 
 def _others(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A learner's state without what is exported."""
+    """A learner's state without the exported model."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith(EXPORTED)}

@@ -1,4 +1,4 @@
-"""``vistok train --dry-run``: what a run would be, without training."""
+"""``vistok train --dry-run``: size, memory and length of a run, without training."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from vistok.types import Clock
 from vistok.utils.paths import expand
 
 SHOWN = 64
-"""Samples of the first batch in its picture."""
+"""The most samples in the picture of the first batch."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a config amounts to.
+    """The size, memory and length of a run.
 
     Attributes:
-        parameters: trained parameters by player ("model", "adversary").
-        memory: bytes per device by purpose. "activations" is an estimate: what the forward pass of two samples keeps
-            for its gradient, scaled to the batch, in the precision of this machine's pass; workspace comes on top.
-        samples_per_epoch, units_per_epoch: what one epoch holds, in samples and in ``unit`` ("images", "tokens").
-        operations: floating-point operations of a step, over all processes: three times those of the forward pass,
-            counted on two samples.
-        held_out: samples to validate on.
+        parameters: number of trained parameters by player ("model", "adversary").
+        memory: bytes per device by purpose. "activations" is an estimate: the bytes that the forward pass of two
+            samples keeps for the backward pass, scaled to the batch. Workspace is not counted.
+        samples_per_epoch, units_per_epoch: size of an epoch, in samples and in ``unit`` ("images", "tokens").
+        operations: floating-point operations per optimisation step, over all processes: three times those of the
+            forward pass, counted on two samples.
+        held_out: number of samples to validate on.
         batch_size: samples per optimisation step, over all processes and accumulated batches.
         steps, epochs: the length of the run.
         picture: PNG of the first batch.
@@ -56,16 +56,17 @@ class DryRun:
 
 
 def preview(config: Mapping[str, Any]) -> DryRun:
-    """Check a config, build its model, read its first batch, and say what training would take.
+    """Check a config, build its model, read its first batch, and estimate what training would take.
 
-    The run folder is not created; the picture lies beside where it would be, ``OUTPUT_DIR.first-batch.png``.
+    The run folder is not created. The picture is written to ``OUTPUT_DIR.first-batch.png``, beside it.
 
     Raises:
-        ConfigError: anything wrong with the config.
+        ConfigError: the config is wrong.
     """
-    run = RunConfig.parse(with_model_of_source(expand(config)))
+    config, found = with_model_of_source(expand(config))
+    run = RunConfig.parse(config)
     run.model_entry()
-    accelerator, task = prepare(run, Path(run.output_dir))
+    accelerator, task = prepare(run, Path(run.output_dir), found)
     batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:
@@ -102,7 +103,7 @@ def _trained(task: Task) -> dict[str, list[nn.Parameter]]:
 
 
 def memory(task: Task, batch: Any, run: RunConfig, shards: int) -> dict[str, int]:
-    """Bytes per device by purpose; ``shards`` is over how many devices FSDP2 spreads the model."""
+    """Bytes per device by purpose; ``shards`` is the number of devices over which FSDP2 shards the model."""
 
     def size(modules: Iterable[nn.Module]) -> int:
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -123,7 +124,7 @@ def memory(task: Task, batch: Any, run: RunConfig, shards: int) -> dict[str, int
 
 
 def activations(task: Task, batch: Any, run: RunConfig) -> int:
-    """Estimated bytes that the forward pass of one batch keeps for its gradient."""
+    """Estimated bytes that the forward pass of one batch keeps for the backward pass."""
     if run.training.activation_checkpointing:
         checkpoint_activations(task.model)
     few = min(2, len(batch.indices))

@@ -28,13 +28,13 @@ WARMUP, STEPS = 2, 5
 
 
 class Profile(NamedTuple):
-    """What a profiled run found.
+    """The times of a profiled run.
 
     Attributes:
         trace: the trace file, for chrome://tracing or Perfetto.
-        seconds: per step, of each phase of ``PHASES``, and of the rest ("other"). A log row, which is written every
-            ``training.log_every`` steps, counts with its share of a step.
-        step_seconds: of a whole step, with that share.
+        seconds: per step, for each phase of ``PHASES`` and the rest ("other"). "logging" includes the time of a log row
+            divided by ``training.log_every``, the steps per row.
+        step_seconds: seconds of a whole step, including that share.
         units_per_second: throughput, in the task's ``unit``.
     """
 
@@ -46,52 +46,55 @@ class Profile(NamedTuple):
 
 
 def profile(config: Mapping[str, Any]) -> Profile:
-    """Train a few steps under torch's profiler. Nothing is saved but the trace, beside where the run would go.
+    """Train a few steps under torch's profiler. Only the trace is saved, to ``OUTPUT_DIR.trace.json``.
 
-    Where there is a GPU, each phase but the draws ends when the device is done with it, so that phases are measured,
-    not launches. A row of the log is written to a scratch folder and its TensorBoard, never to a service.
+    On a GPU, each phase but the draws waits for the device at its end, so that the times are those of the work, not of
+    kernel launches. A log row is written to a temporary folder and its TensorBoard, never to a service.
 
     Raises:
-        ConfigError: anything wrong with the config.
+        ConfigError: the config is wrong.
     """
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    run = RunConfig.parse(with_model_of_source(expand(config)))
+    config, found = with_model_of_source(expand(config))
+    run = RunConfig.parse(config)
     run.model_entry()
     trackers = tuple(name for name in run.training.trackers if name == "tensorboard")
     run = replace(run, training=replace(run.training, trackers=trackers))
     trace = Path(f"{run.output_dir}.trace.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        accelerator, task = prepare(run, folder)
-        trainer = Trainer(run, task, accelerator, folder)
-        trainer.step = task.complete_from  # steps of before everything takes part would look cheap
-        trainer.phase = partial(_phase, accelerator.device)
-        start_trackers(accelerator, folder, trackers)
-        trainer.open_log()
-        batches = forever(task.loader)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        units, begin = 0, time.monotonic()
-        for _ in range(WARMUP):
-            units += trainer.optimise(batches)
-            trainer.step += 1
-        _log(trainer, units, begin)
-        _wait(accelerator.device)
-        units, begin = 0, time.monotonic()
-        with torch_profile(activities=activities) as profiler:
-            for _ in range(STEPS):
-                with torch.profiler.record_function("step"):
-                    units += trainer.optimise(batches)
-                    trainer.step += 1
-                    _wait(accelerator.device)
-            with torch.profiler.record_function(LOG_ROW):
-                _log(trainer, units, begin)
-        if accelerator.is_main_process:
-            with atomic_file(trace) as temporary:
-                profiler.export_chrome_trace(str(temporary))
-        accelerator.end_training()
+        accelerator, task = prepare(run, folder, found)
+        try:
+            trainer = Trainer(run, task, accelerator, folder)
+            trainer.step = task.complete_from  # earlier steps are cheaper, because not all losses take part
+            trainer.phase = partial(_phase, accelerator.device)
+            start_trackers(accelerator, folder, trackers)
+            trainer.open_log()
+            batches = forever(task.loader)
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            units, begin = 0, time.monotonic()
+            for _ in range(WARMUP):
+                units += trainer.optimise(batches)
+                trainer.step += 1
+            _log(trainer, units, begin)
+            _wait(accelerator.device)
+            units, begin = 0, time.monotonic()
+            with torch_profile(activities=activities) as profiler:
+                for _ in range(STEPS):
+                    with torch.profiler.record_function("step"):
+                        units += trainer.optimise(batches)
+                        trainer.step += 1
+                        _wait(accelerator.device)
+                with torch.profiler.record_function(LOG_ROW):
+                    _log(trainer, units, begin)
+            if accelerator.is_main_process:
+                with atomic_file(trace) as temporary:
+                    profiler.export_chrome_trace(str(temporary))
+        finally:
+            accelerator.end_training()
     return _summary(profiler, trace, units, task.unit, run.training.log_every)
 
 
@@ -119,7 +122,7 @@ def _wait(device: torch.device) -> None:
 def _summary(profiler, trace: Path, units: int, unit: str, log_every: int) -> Profile:
     totals = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
     seconds = {phase: totals.get(phase, 0.0) / STEPS for phase in PHASES}
-    seconds["forward"] -= seconds["draws"]  # which are made within
+    seconds["forward"] -= seconds["draws"]  # draws are made within the forward phase
     row = totals[LOG_ROW] / log_every if log_every else 0.0
     seconds["logging"] += row
     whole = totals["step"] / STEPS + row

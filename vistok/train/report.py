@@ -1,4 +1,4 @@
-"""The page of a training run: pictures by step, curves over a reference, the codebook, and how to go on."""
+"""The report of a training run: pictures by step, curves with a reference, the codebook, and the next commands."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.checkpoints import WEIGHTS
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data.opening import open_source
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer
 from vistok.pipelines.runs import RUN_CONFIG, data_of_run
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
@@ -43,9 +44,9 @@ from vistok.utils.report import (
 from vistok.utils.tensors import opened
 
 PICTURES = 24
-"""Most pictures in the slider; of more, evenly spread ones."""
+"""The most pictures in the slider; if there are more, evenly spread ones are shown."""
 PICTURE_WIDTH = 690
-"""CSS pixels of a picture, at most."""
+"""The largest width of a picture in CSS pixels."""
 FIRST = ("loss", "psnr", "accuracy", "codebook_usage", "perplexity", "grad_norm")
 """Metrics whose curves come first."""
 TITLES = {
@@ -57,21 +58,21 @@ TITLES = {
 }
 HELD_OUT = "val_"
 PIXELS, MOST_EXAMPLES, FEWEST_EXAMPLES = 1 << 20, 256, 32
-"""The codebook is looked at with images of about so many pixels together; their number lies between these bounds."""
+"""The images for the codebook atlas have about ``PIXELS`` pixels in total; their number lies between these bounds."""
 
 Examples = Callable[[int], Tensor]
-"""Gives that many images of the run's data, evenly spread, (n, C, H, W) in [-1, 1]."""
+"""From n to n images of the run's data, evenly spread, (n, C, H, W) in [-1, 1]."""
 
 
 def write_run_report(folder: str | Path, *, examples: Examples | None = None) -> Path:
-    """Write ``report.html`` into a run folder, from what lies there, and return its path.
+    """Write ``report.html`` into a run folder, from the files in it, and return its path.
 
     Args:
-        examples: the images to look at the codebook of a tokenizer with; by default those that the run's config names,
-            or none if they are no longer there.
+        examples: gives images for the codebook atlas of a tokenizer; by default they are read as the run's config says,
+            and the atlas is left out if they are no longer there.
 
     Raises:
-        FileNotFoundError: ``folder`` is no run, or has trained no step yet.
+        FileNotFoundError: ``folder`` is not a run, or has logged no step yet.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -131,7 +132,7 @@ def _lead(
 
 
 def _weights(folder: Path) -> int:
-    """How many numbers a saved model has."""
+    """The number of weights of a saved model."""
     with opened(folder / WEIGHTS) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
@@ -156,7 +157,7 @@ def _pictures(folder: Path) -> Iterator[Section]:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], curve: str | None) -> Iterator[Block]:
-    """The charts of all metrics: the first ones to look at, then the others folded."""
+    """The charts of all metrics: first the main ones, then the others, folded."""
     reference, absent = [], None
     if curve is not None:
         try:
@@ -183,7 +184,7 @@ def _chart(name: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Map
     lines = [
         Line.of(rows, name),
         Line.of(rows, f"{HELD_OUT}{name}", style="second"),
-        # Speeds of another machine say nothing about this run.
+        # Speeds of another machine do not apply to this run.
         Line.of([] if name.endswith("_per_second") else reference, name, style="reference"),
     ]
     lines = [line for line in lines if line.runs]
@@ -231,7 +232,7 @@ def _codebook(folder: Path, examples: Examples | None) -> Iterator[Section]:
 
 
 def example_count(shape: Sequence[int]) -> int:
-    """How many images, or clips, of (C, [T,] H, W) the codebook is looked at with."""
+    """The number of images or clips of shape (C, [T,] H, W) for the codebook atlas."""
     return min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, PIXELS // math.prod(shape[1:])))
 
 
@@ -294,7 +295,7 @@ def _config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[Blo
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as texts under dotted names."""
+    """Pairs of a dotted name and a text for all nested values."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{name}.")

@@ -1,11 +1,11 @@
-"""What a run starts from: weights of other runs, and which parameters it leaves as they are."""
+"""The start of a run: weights from other runs, frozen parameters, and low-rank adapters."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from vistok.checkpoints.adapters import merged
 from vistok.checkpoints.model import CONFIG, model_folder, read_exported
 from vistok.checkpoints.weights import STATE, exported, listing
 from vistok.conditions import PARTS
-from vistok.config import ConfigError
 from vistok.generators.base import Generator
+from vistok.signatures import ConfigError
 from vistok.train.config import InitFrom, LoraConfig, RunConfig
 from vistok.train.lora import add_adapters
+from vistok.train.names import matching
 from vistok.train.tasks import Learner, task_type
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec
 
@@ -28,13 +29,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where weights come from, found but not read yet.
+    """A source of weights that was found, but is not read yet.
 
     Attributes:
-        source: what the config says.
-        saved: ``config.json`` of the model, or None where weights stand alone.
-        place: the folder of the model or the checkpoint, or the file of the weights; or a model that had to be fetched
-            and converted whole.
+        source: the entry of ``init_from``.
+        saved: ``config.json`` of the model; None if there are only weights.
+        place: the folder of the model or the checkpoint, or the weights file; or the model itself, if it had to be
+            fetched and converted.
     """
 
     source: InitFrom
@@ -56,13 +57,13 @@ class Start:
 
 
 def find(source: InitFrom, kind: str) -> Start:
-    """Look up a source without reading its weights, but for those that are fetched and converted.
+    """Find a source without reading its weights; a model that is not on disk is fetched and converted.
 
     Args:
-        kind: "tokenizer" or "generator": the part of a run folder that is meant.
+        kind: "tokenizer" or "generator", the subfolder of a run folder.
 
     Raises:
-        CheckpointError: nothing there, or no model.
+        CheckpointError: nothing is there, or it is not a model.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -72,7 +73,7 @@ def find(source: InitFrom, kind: str) -> Start:
         saved = {"model": model.registry_name, "arguments": model.config}
         return Start(source, saved, model)
     folder = path / kind if (path / kind).is_dir() else model_folder(path)
-    if (folder / STATE).is_file() and not (folder / CONFIG).is_file():  # of an earlier version
+    if (folder / STATE).is_file() and not (folder / CONFIG).is_file():  # a checkpoint of an earlier version
         return Start(source, None, folder)
     try:
         return Start(source, read_config(folder), folder)
@@ -80,28 +81,37 @@ def find(source: InitFrom, kind: str) -> Start:
         raise CheckpointError(f"init_from: {error}") from error
 
 
-def with_model_of_source(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run's config, whose ``model`` is that of its ``init_from`` where it names none; its own keys win.
+Found = dict[str, Start]
+"""Sources by path that were found while the config was read. Whoever takes one removes it, so that the weights of a
+model that was fetched are freed once they are loaded."""
 
-    Arguments that follow from the data are left to them: the tokens, the classes, the image size.
+
+def with_model_of_source(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Found]:
+    """The config of a run, with the ``model`` of its last ``init_from`` if it has no ``model.name``; its own keys win.
+
+    Arguments that follow from the data (tokens, classes, image size) are left out.
+
+    Returns:
+        The config, and the source that was looked at, if any.
 
     Raises:
-        CheckpointError: nothing there.
-        ConfigError: weights alone, which do not say what model they are of.
+        CheckpointError: nothing is there.
+        ConfigError: the source has only weights, so its model is unknown.
     """
     own = config.get("model") or {}
     source = config.get("init_from")
     source = source[-1] if isinstance(source, list | tuple) and source else source
     path = source.get("path") if isinstance(source, Mapping) else source
     if not isinstance(own, Mapping) or "name" in own or not isinstance(path, str):
-        return config
+        return config, {}
     kind = task_type(config.get("task")).config_type.kind
-    saved = find(InitFrom(path), kind).saved
+    found = find(InitFrom(path), kind)
+    saved = found.saved
     if saved is None:
         raise ConfigError(f"init_from {path} holds weights alone, so the config has to say model.name")
     derived = _derived_keys(saved["model"], kind)
     arguments = {key: value for key, value in saved["arguments"].items() if key not in derived}
-    return {**config, "model": {"name": saved["model"], **arguments, **own}}
+    return {**config, "model": {"name": saved["model"], **arguments, **own}}, {path: found}
 
 
 def _derived_keys(name: str, kind: str) -> set[str]:
@@ -119,18 +129,24 @@ def _condition_keys(model_class: type[Generator]) -> set[str]:
     for part in PARTS:
         try:
             found.update(model_class.condition_arguments(everything.only((part,))))
-        except ValueError:  # which this generator does not take
+        except ValueError:  # this generator does not take that part
             continue
     return found
 
 
-def open_starts(run: RunConfig) -> list[Start]:
-    """The sources of a run, checked before its data are read.
+def open_starts(run: RunConfig, found: Found) -> list[Start]:
+    """Find and check the sources of a run, before its data are read.
+
+    Args:
+        found: sources that need not be looked for again; those of this run are taken out.
 
     Raises:
-        CheckpointError: nothing there, or the weights of another model.
+        CheckpointError: nothing is there, or the weights are those of another model.
     """
-    starts = [find(source, run.kind) for source in run.sources]
+    starts = [
+        replace(found.pop(source.path), source=source) if source.path in found else find(source, run.kind)
+        for source in run.sources
+    ]
     for start in starts:
         whole = not start.source.module and not start.source.rename and start.source.strict
         if whole and start.saved is not None and start.saved["model"] != run.model["name"]:
@@ -142,14 +158,14 @@ def open_starts(run: RunConfig) -> list[Start]:
 
 
 def initialise(model: Model, starts: Sequence[Start]) -> set[str]:
-    """Load weights into a model, from one source after another; what none of them has stays new, and is logged.
+    """Load weights into a model from one source after another, and log the entries that no source has.
 
     Returns:
-        the entries of the model's state that are new, or new in part; none without sources.
+        The entries of the model's state that stay new, or new in part; none without sources.
 
     Raises:
-        CheckpointError: weights that do not fit.
-        ConfigError: no such module.
+        CheckpointError: the weights do not fit.
+        ConfigError: the model has no such module.
     """
     new = set(model.state_dict()) if starts else set()
     for start in starts:
@@ -166,7 +182,7 @@ def initialise(model: Model, starts: Sequence[Start]) -> set[str]:
 
 
 def _differences(model: Model, start: Start) -> list[str]:
-    """What a source of the same system was built with that this model is not: why its weights may not fit."""
+    """The arguments in which a source of the same model class differs, which may be why its weights do not fit."""
     if start.source.module or start.saved is None or start.saved["model"] != model.registry_name:
         return []
     kind = "generator" if isinstance(model, Generator) else "tokenizer"
@@ -180,15 +196,16 @@ def _differences(model: Model, start: Start) -> list[str]:
 
 
 def check_frozen(frozen: Collection[str], new: set[str], starts: Sequence[Start]) -> None:
-    """What is not trained must come from somewhere: warn where a run has no ``init_from``, since a model may have read
-    weights of its own.
+    """Check that frozen parameters do not stay random.
+
+    Without ``init_from`` this only warns, because the model may have read weights of its own.
 
     Args:
         frozen: names of the parameters that the config freezes.
-        new: those that ``starts`` left new.
+        new: names of the entries that ``starts`` left new.
 
     Raises:
-        ConfigError: parameters that are both.
+        ConfigError: a parameter is both frozen and new.
     """
     if starts and (left := new.intersection(frozen)):
         raise ConfigError(
@@ -204,13 +221,14 @@ def check_frozen(frozen: Collection[str], new: set[str], starts: Sequence[Start]
 
 
 def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
-    """Train low-rank adapters, what ``init_from`` left ``new`` and what the config names, and no more of the model.
+    """Add low-rank adapters, and freeze all parameters but these, the ``new`` ones and those that the config names.
+
+    Args:
+        new: names of the entries that ``init_from`` left new.
 
     Raises:
-        ConfigError: a pattern that fits nothing.
+        ConfigError: a pattern matches no name.
     """
-    from vistok.train.names import matching
-
     trained = add_adapters(learner.model, lora)
     names = {name for name, _ in learner.model.named_parameters()}
     trained |= matching(names, lora.also, "training.lora.also") | (new & names)
@@ -218,7 +236,7 @@ def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
 
 
 def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
-    """Load one source; the keys of the model's state that it filled, and the tables whose classes are new."""
+    """Load one source; returns the keys of the model's state that it filled, and the tables with new classes."""
     source, tables = start.source, set[str]()
     part = _module(model, source.module)
     weights = _renamed(start.weights(), source.rename, start.name)
@@ -234,7 +252,10 @@ def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
 
 
 def _with_own_classes(model: Model, weights: dict[str, Tensor], start: Start) -> tuple[dict[str, Tensor], set[str]]:
-    """Tables of another number of classes get the model's own rows for them, which are new, and keep all others."""
+    """Adapt weights to another number of classes; returns the weights, and the names of the tables that changed.
+
+    In each table with a row per class, these rows stay the model's own, which are new; all other rows are taken over.
+    """
     theirs = start.saved and start.saved["arguments"].get("num_classes")
     ours = getattr(model, "num_classes", None)
     if not theirs or not ours or theirs == ours:
@@ -270,7 +291,7 @@ def _module(model: Model, name: str) -> nn.Module:
 
 
 def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], name: str) -> dict[str, Tensor]:
-    """Keys as the first pattern that begins one says; what it maps to null is left out."""
+    """Weights with renamed keys, by the first rule whose pattern matches the beginning of a key; see ``InitFrom``."""
     compiled, unused, result = {re.compile(pattern): new for pattern, new in rules.items()}, set(rules), {}
     for key, tensor in weights.items():
         pattern = next((pattern for pattern in compiled if pattern.match(key)), None)
@@ -291,10 +312,10 @@ def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], nam
 
 
 def _known(part: nn.Module, weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The weights that the module has an entry for; others are logged.
+    """The weights that the module has an entry for; the others are logged.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: the module has none of them.
     """
     own = part.state_dict()
     known = {key: tensor for key, tensor in weights.items() if key in own}

@@ -1,4 +1,4 @@
-"""Ending a run early, on purpose: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Stops a run early on request: SIGTERM from a scheduler, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGREE_SECONDS, AGREE_STEPS = 2.0, 10
-"""The longest time and the most steps between two exchanges of stop requests, where there are several processes. Each
-waits for the device; but torchrun gives a run only 30 s from SIGTERM to the end of its checkpoint."""
+"""The longest time and the most steps between two exchanges of stop requests among processes. An exchange waits for the
+device, so it must be rare; but torchrun gives a run only 30 s from SIGTERM to the end of its checkpoint."""
 
 
 class TrainingInterrupted(Exception):
-    """A run that was asked to stop, and saved a checkpoint first.
+    """A run was asked to stop, and has saved a checkpoint.
 
     Attributes:
-        signal: what asked for it.
+        signal: the signal that asked for it.
     """
 
     def __init__(self, message: str, signal_number: signal.Signals):
@@ -29,13 +29,13 @@ class TrainingInterrupted(Exception):
 
 
 class StopRequest:
-    """While entered, SIGTERM and Ctrl-C are noted instead of obeyed; only a second Ctrl-C interrupts at once.
+    """A context in which SIGTERM and Ctrl-C are only noted; a second Ctrl-C interrupts at once.
 
-    SIGTERM comes more than once where a scheduler signals every process and a launcher passes its own signal on.
-    Outside the main thread, where Python allows no signal handlers, nothing is noted.
+    SIGTERM may come several times: a scheduler may signal every process, and a launcher pass its own signal on. Outside
+    the main thread, where Python allows no signal handlers, nothing is noted.
 
     Args:
-        step: after which step the run begins.
+        step: the step after which the run begins.
 
     Attributes:
         signal: the first request, or None.
@@ -63,7 +63,7 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number)
 
     def agreed(self, step: int, accelerator) -> bool:
-        """Whether the run stops after ``step``: the same answer on all processes, which must all ask."""
+        """Whether the run stops after ``step``. All processes must call it, and get the same answer."""
         if accelerator.num_processes == 1:
             return self.signal is not None
         if step < self._next_step:
@@ -74,8 +74,10 @@ class StopRequest:
         return number > 0
 
     def _exchange(self, step: int, accelerator) -> int:
-        """The signal that any process got, or 0. When to ask next follows from the slowest one's pace, so that all
-        come to the same step."""
+        """The signal that any process got, or 0.
+
+        The step of the next exchange follows from the pace of the slowest process, so that it is the same for all.
+        """
         now = time.monotonic()
         own = torch.tensor([float(self.signal or 0), now - self._asked_at], device=accelerator.device)
         number, seconds = accelerator.gather(own[None]).amax(0).tolist()

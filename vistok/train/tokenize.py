@@ -1,4 +1,4 @@
-"""Between the stages: images through a trained tokenizer into a token cache."""
+"""Encodes images with a trained tokenizer into a token cache, which generators are trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import suggestion
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
@@ -35,22 +34,23 @@ from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
 from vistok.data.ragged import Piece
 from vistok.data.sources import ImageSource
-from vistok.data.token_writer import TokenShards
+from vistok.data.token_writer import Samples, TokenShards
 from vistok.data.tokens import Content, TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
 from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import IdSpec, TokenSpec, to_json
+from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.outputs import collected, unfinished
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
+from vistok.utils.spelling import suggestion
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = 4096
-"""Images per shard: what a killed process loses at most."""
+"""Images per shard: the most that a killed process loses."""
 NO_TEXT = PromptEncoder()
 
 AUGMENTATIONS = ("none", "flip", "ten_crop", "ten_crop:MARGIN", "random:K")
@@ -72,38 +72,38 @@ def tokenize(
 ) -> TokenCache:
     """Encode every image of ``data`` and write the token cache ``out``, with a copy of the tokenizer inside.
 
-    Of latents with a posterior the moments are written; training samples them anew in every epoch.
+    For latents with a posterior, the moments are stored; training samples them anew in every epoch.
 
-    Runs on the tokenizer's device, ``data.batch_size`` images at a time; depends on nothing but its arguments. Until
-    all is there the shards lie in ``OUT.unfinished/``, where a killed run can go on.
+    It runs on the tokenizer's device with ``data.batch_size`` images at a time. The result depends only on the
+    arguments. Until it is complete, the shards lie in ``OUT.unfinished/``, where a killed run can resume.
 
     Args:
-        augmentation: which views of each image are stored, of which training draws one at a time:
-            ``none``: the image as evaluation sees it;
-            ``flip``: that, and its mirror image;
+        augmentation: the views of each image that are stored; training draws one of them in each epoch:
+            ``none``: the image as in evaluation;
+            ``flip``: the image and its mirror image;
             ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images;
             ``ten_crop:1.05``: at 1.05 times the size (LlamaGen's recipe for ImageNet draws from both sets);
-            ``random:K``: K views as ``data``'s training augmentation draws them in its first K epochs.
-        text: what turns captions into conditions; by default they are not read. An image without a caption is
+            ``random:K``: K views with the training augmentation of ``data`` in its first K epochs.
+        text: turns captions into conditions; by default captions are not read. An image without a caption is
             unconditional.
         refuse_long_texts: a caption longer than the text encoder's length is an error; otherwise it is cut, and
             counted.
-        feature_dtype: the type that features of a text encoder are stored in.
-        given_frames: also store, as what each clip is conditioned on, the tokens of its first frames: of this many, the
-            last repeated to a whole clip. 0 does not.
-        latents: store what is quantized, not the ids, of a tokenizer whose quantizer is ``multi_scale_bsq``: training
-            with bitwise self-correction turns other bits in every step.
-        resume: keep the shards that an unfinished run has written.
-        processes: those that share the work; each calls this with the same arguments.
+        feature_dtype: the dtype in which features of a text encoder are stored.
+        given_frames: each clip is also conditioned on the tokens of its first frames, this many, the last of which is
+            repeated to a whole clip; 0 is off.
+        latents: stores the latents before quantization instead of ids, for a tokenizer with the quantizer
+            ``multi_scale_bsq``: training with bitwise self-correction flips other bits in every step.
+        resume: keeps the shards that an unfinished run has written.
+        processes: the processes that share the work; each calls this function with the same arguments.
 
     Raises:
-        FileExistsError: ``out`` exists; or an unfinished one, and ``resume`` is False.
-        ValueError: an image size or channels that the tokenizer cannot read, an unknown augmentation, or latents of
-            another quantizer.
+        FileExistsError: ``out`` exists; or an unfinished one exists, and ``resume`` is False.
+        ValueError: an image size or channels that the tokenizer cannot read, an unknown augmentation, or ``latents``
+            with another quantizer.
         ResumeError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
         FolderInUseError: another process writes ``out``.
-        CaptionError, TextError: captions that cannot be read, or are too long.
+        CaptionError, TextError: captions cannot be read, or are too long.
     """
     out = Path(out)
     if latents and not tokenizer.corrects_bits:
@@ -112,29 +112,72 @@ def tokenize(
             "take a tokenizer with the quantizer multi_scale_bsq"
         )
     content: Content = "latents" if latents else "moments" if tokenizer.has_posterior else "tokens"
-    captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
-    given = GivenFrames(tokenizer, given_frames) if given_frames else None
-    _tokenize(tokenizer, data, out, augmentation, content, captions, given, feature_dtype, resume, processes)
+    encoder = SampleEncoder(
+        tokenizer,
+        content,
+        data.batch_size,
+        CaptionReader(open_source(data), data.captions, text, refuse_long=refuse_long_texts),
+        GivenFrames(tokenizer, given_frames) if given_frames else None,
+    )
+    _tokenize(
+        encoder,
+        data,
+        out,
+        augmentation=augmentation,
+        feature_dtype=feature_dtype,
+        resume=resume,
+        processes=processes,
+    )
     cache = TokenCache(out)
     if processes.is_first:
         _warn_of_missing_texts(cache)
     return cache
 
 
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Makes the samples of a token cache of batches.
+
+    Attributes:
+        tokenizer: makes the tokens.
+        content: what is stored of them.
+        batch_size: images at a time.
+        captions: the texts of the images, and what makes conditions of them.
+        given: makes conditions of the first frames of clips; None is off.
+    """
+
+    tokenizer: Tokenizer
+    content: Content
+    batch_size: int
+    captions: CaptionReader
+    given: GivenFrames | None
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """The spec of the samples' condition, without classes."""
+        spec = self.captions.text.spec
+        return spec if self.given is None else replace(spec, given=self.given.spec)
+
+    def samples(self, batch: ImageBatch, shards: TokenShards) -> Samples:
+        """The samples of a batch of views (B, V, C, H, W), checked by ``shards``."""
+        tokens = _encode(self.tokenizer, batch.pixels, self.batch_size, self.content)
+        given = {} if self.given is None else self.given.of(batch, self.batch_size)
+        return shards.checked(tokens, batch.labels, self.captions.of(batch) | given)
+
+
 def _tokenize(
-    tokenizer: Tokenizer,
+    encoder: SampleEncoder,
     data: DataConfig,
     out: Path,
+    *,
     augmentation: str,
-    content: Content,
-    captions: CaptionReader,
-    given: GivenFrames | None,
     feature_dtype: Literal["float16", "float32"],
     resume: bool,
     processes: Processes,
 ) -> None:
-    if out.exists():  # before any work; even an empty folder
+    if out.exists():  # checked before any work; an empty folder counts, too
         raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
+    tokenizer, captions = encoder.tokenizer, encoder.captions
     spec = check_size(tokenizer, data)
     views = parse_augmentation(augmentation)
     source = captions.source
@@ -144,21 +187,22 @@ def _tokenize(
         dataclasses.asdict(spec),
         tokenizer.fingerprint(),
         views=views.count,
-        content=content,
+        content=encoder.content,
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
-        condition=captions.text.spec if given is None else replace(captions.text.spec, given=given.spec),
+        condition=encoder.condition,
         text=captions.text.identities,
         feature_dtype=feature_dtype,
     )
-    settings = _settings(data, augmentation) | ({} if given is None else {"given_frames": given.count})
+    settings = _settings(data, augmentation) | ({} if encoder.given is None else {"given_frames": encoder.given.count})
     settings = to_json(shards.header | settings)
     with collected(out, settings, resume=resume, processes=processes, hopeless=TooManyUnreadableError) as folder:
         count = math.ceil(len(source) / SHARD_SIZE)
         mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
         order = ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE)
         loader = Loader(reader, order, num_workers=data.num_workers)
-        _write_shards(tokenizer.eval(), loader, shards, content, mine, data.batch_size, captions, given)
+        tokenizer.eval()
+        _write_shards(encoder, loader, shards, mine)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
@@ -172,14 +216,14 @@ def _tokenize(
 
 
 class GivenFrames:
-    """The tokens of the first frames of clips, for models that predict the rest.
+    """Encodes the first frames of clips, for models that predict the rest.
 
     Args:
-        tokenizer: of clips, with ids.
-        count: how many frames are given; the last is repeated to a whole clip.
+        tokenizer: of clips, with one id per position.
+        count: number of given frames; the last one is repeated to a whole clip.
 
     Raises:
-        ValueError: a tokenizer of images or of latents, or as many frames as a clip has.
+        ValueError: another kind of tokenizer, or ``count`` is not below the frames of a clip.
     """
 
     def __init__(self, tokenizer: Tokenizer, count: int):
@@ -194,7 +238,7 @@ class GivenFrames:
         self.spec = IdSpec(spec.num_ids, spec.length)
 
     def of(self, batch: ImageBatch, batch_size: int) -> dict[str, Sequence[Sequence[Piece]]]:
-        """The tokens given before each clip, one sequence for each of its views."""
+        """The given tokens of each clip, one sequence per view."""
         views, length = batch.pixels.shape[1], self.tokenizer.input_shape[1]
         first = batch.pixels[:, :, :, : self.count].flatten(0, 1)  # (B * V, C, count, H, W)
         ids = _encode(self.tokenizer, repeat_last(first, length).unflatten(0, (-1, views)), batch_size).numpy()
@@ -214,30 +258,14 @@ def _warn_of_missing_texts(cache: TokenCache) -> None:
             log.warning("%d of %d captions are too long and were cut", counts["texts_cut"], counts["texts"])
 
 
-def _write_shards(
-    tokenizer: Tokenizer,
-    loader: Loader,
-    shards: TokenShards,
-    content: Content,
-    numbers: Sequence[int],
-    batch_size: int,
-    captions: CaptionReader,
-    given: GivenFrames | None,
-) -> None:
-    """Encode the loader's batches, those of the shards ``numbers``, and write every shard as soon as it is whole."""
+def _write_shards(encoder: SampleEncoder, loader: Loader, shards: TokenShards, numbers: Sequence[int]) -> None:
+    """Encode the loader's batches, which belong to the shards ``numbers``, and write each shard when it is whole."""
 
     def write(number: int, batches: Iterable[ImageBatch]) -> None:
-        samples = [
-            shards.checked(
-                _encode(tokenizer, b.pixels, batch_size, content),
-                b.labels,
-                captions.of(b) | ({} if given is None else given.of(b, batch_size)),
-            )
-            for b in batches
-        ]
+        samples = [encoder.samples(batch, shards) for batch in batches]
         failures = {index: why for index, why in loader.failures.items() if index // SHARD_SIZE == number}
         shards.write(number, samples, failures)
-        check_failures(shards.failures(), len(loader.reader))  # of all processes, and of earlier runs
+        check_failures(shards.failures(), len(loader.reader))  # with those of other processes and of earlier runs
 
     batches = track(loader, "tokens", len(loader))
     for number, parts in itertools.groupby(batches, lambda batch: int(batch.indices[0]) // SHARD_SIZE):
@@ -248,7 +276,7 @@ def _write_shards(
 
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
-    """What else the shards depend on."""
+    """The settings that the shards depend on, besides the header of the cache."""
     names: tuple[str, ...] = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
     names += () if data.num_frames is None else ("num_frames", "frame_stride", "clip_start", "short_clips")
     values = dataclasses.asdict(data)
@@ -256,10 +284,10 @@ def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
 
 
 def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
-    """The spec of the tokens of such images.
+    """The spec of the tokens of the images or clips in ``data``.
 
     Raises:
-        ValueError: the tokenizer reads images of another size, or other channels.
+        ValueError: the tokenizer cannot read this size, number of channels or number of frames.
     """
     channels, *frames, height, width = tokenizer.input_shape
     if data.channels != channels:
@@ -286,8 +314,10 @@ def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
 
 @torch.no_grad()
 def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, content: Content = "tokens") -> Tensor:
-    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), moments (B, V, L, 2D) or latents before quantization (B, V,
-    h * w, D), ``batch_size`` images at a time."""
+    """Encode pixels (B, V, C, H, W), ``batch_size`` images at a time.
+
+    Returns tokens (B, V, L[, depth or D]), moments (B, V, L, 2D) or latents before quantization (B, V, h * w, D).
+    """
     images = pixels.flatten(0, 1).split(batch_size)
     encode = {"moments": tokenizer.encode_moments, "latents": tokenizer.encode_latents}.get(content, tokenizer.encode)
     tokens = [encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in images]
@@ -295,7 +325,7 @@ def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, content: Cont
 
 
 class FixedViewBatches:
-    """A batch reader of the same views of every image; pixels are (B, V, C, H, W)."""
+    """A batch reader with fixed views of every image; pixels are (B, V, C, H, W)."""
 
     def __init__(self, images: ImageBatches | ClipBatches, views: FixedViews, size: int) -> None:
         self.images, self.views, self.size = images, views, size
@@ -309,7 +339,7 @@ class FixedViewBatches:
 
 
 class RandomViewBatches:
-    """A batch reader of what the first epochs of training see of every image; pixels are (B, V, C, H, W)."""
+    """A batch reader with the views of the first training epochs; pixels are (B, V, C, H, W)."""
 
     def __init__(self, images: ImageBatches | ClipBatches, count: int) -> None:
         self.images, self.count = images, count
@@ -319,15 +349,18 @@ class RandomViewBatches:
 
     def load(self, indices: np.ndarray, epoch: int) -> tuple[ImageBatch, Failures]:
         views = [self.images.load(indices, view) for view in range(self.count)]
-        (first, failures), *_ = views  # what cannot be read is missing from every view
+        (first, failures), *_ = views  # an unreadable image is missing in every view
         return first._replace(pixels=torch.stack([batch.pixels for batch, _ in views], 1)), failures
 
 
 @dataclass(frozen=True)
 class FixedViews:
-    """``count`` views that ``cut`` takes from an image prepared as for evaluation, ``margin`` times as large.
+    """Views that are cut from an image that is prepared as for evaluation.
 
-    ``cut`` turns pixels (B, C, H, W) and the size of a view into (B, count, C, size, size).
+    Attributes:
+        count: number of views.
+        cut: from pixels (B, C, H, W) and the size of a view to (B, count, C, size, size).
+        margin: side of the prepared image, relative to that of a view.
     """
 
     count: int
@@ -348,7 +381,7 @@ class FixedViews:
 
 @dataclass(frozen=True)
 class RandomViews:
-    """``count`` views, each as training would augment the image."""
+    """``count`` views with the augmentation of training."""
 
     count: int
 
@@ -368,7 +401,7 @@ class RandomViews:
 
 
 def parse_augmentation(name: str) -> FixedViews | RandomViews:
-    """The views that an augmentation stands for; ValueError for an unknown name."""
+    """The views of an augmentation. Raises ValueError if the name is unknown."""
     if name in FIXED_VIEWS:
         return FIXED_VIEWS[name]
     kind, _, argument = name.partition(":")
@@ -392,7 +425,7 @@ def _margin(name: str, text: str) -> float:
     return margin
 
 
-def as_it_is(pixels: Tensor, size: int) -> Tensor:
+def single_view(pixels: Tensor, size: int) -> Tensor:
     return pixels[:, None]
 
 
@@ -401,7 +434,7 @@ def with_mirror_image(pixels: Tensor, size: int) -> Tensor:
 
 
 FIXED_VIEWS = {
-    "none": FixedViews(1, as_it_is),
+    "none": FixedViews(1, single_view),
     "flip": FixedViews(2, with_mirror_image),
     "ten_crop": FixedViews(10, ten_crop, margin=1.1),
 }

@@ -1,4 +1,4 @@
-"""What the last steps computed on which data: a NaN can be traced to its step without waiting for every step."""
+"""A record of the last steps, so that a NaN can be traced to its step and samples without waiting for every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHOWN = 8
-"""Samples of a batch that a message names; the report of a run that diverged has all."""
+"""How many samples a message names; ``diverged.json`` has all."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Culprit:
 
     Attributes:
         step: the optimisation step, counted from 1.
-        name, value: which number, and what it was: "nan", "inf" or "-inf".
+        name, value: name of the loss or gradient norm, and its value: "nan", "inf" or "-inf".
         samples: names of the samples of this process's batches in that step.
     """
 
@@ -33,7 +33,7 @@ class Culprit:
 
 
 class Trail:
-    """Losses, gradient norms and sample indices of the steps since the last check. They stay on the device."""
+    """Losses, gradient norms and sample indices of the steps since the last check. Values stay on the device."""
 
     def __init__(self) -> None:
         self._values: list[Tensor] = []
@@ -48,10 +48,10 @@ class Trail:
         self._origins.append((step, name))
 
     def check(self, sample_name: Callable[[int], str]) -> Culprit | None:
-        """The first number that is not finite, and a new window; waits for the device once.
+        """Return the first number that is not finite, if any, and start a new window. It waits for the device once.
 
         Args:
-            sample_name: says what lies at an index.
+            sample_name: the name of the sample at an index.
         """
         values, origins, indices = self._values, self._origins, self._indices
         self._values, self._origins, self._indices = [], [], {}
@@ -66,6 +66,6 @@ class Trail:
 
 
 def earliest(culprits: Sequence[Culprit | None]) -> list[Culprit]:
-    """The culprits of the earliest step, of those of all processes."""
+    """The culprits of the earliest step, among those of all processes."""
     found = [culprit for culprit in culprits if culprit is not None]
     return [culprit for culprit in found if culprit.step == min(other.step for other in found)]

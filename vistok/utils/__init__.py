@@ -1,1 +1,1 @@
-"""Files, devices, processes, progress: what every room may use. It imports nothing else of vistok."""
+"""Files, devices, processes, progress: helpers for all of vistok, which import nothing else of it."""

@@ -12,10 +12,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """``dtype`` as torch has it; None stays None.
+    """``dtype`` as a ``torch.dtype``; None stays None.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if not isinstance(dtype, str):
         return dtype
@@ -25,15 +25,15 @@ def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def dtype_of(model: nn.Module) -> str:
-    """The precision of a model's weights, as records name it: "float32", "bfloat16", …"""
+    """The precision of a model's weights by its name in records: "float32", "bfloat16", …"""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """``device``, or where None is given, a GPU if there is one.
+    """``device`` as a ``torch.device``; None takes a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device, here or at all.
+        ValueError: the device is unknown, or this machine has no CUDA GPU.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which operations on ``device`` compute in the precision of their inputs, whatever is around."""
+    """A context in which operations on ``device`` compute in the precision of their inputs, even under autocast."""
     if not torch.amp.is_autocast_available(device.type):  # torch.autocast raises for such a device
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

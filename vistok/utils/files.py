@@ -1,4 +1,4 @@
-"""Atomic writing: afterwards a file or folder is either new as a whole or as it was before. Also where caches lie."""
+"""Files and folders: atomic writes, JSON and text, messages about missing paths, and the folder of caches."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ PARTIAL, RETIRED, INNER = ".partial", ".old", "old"
 def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if not.
 
-    Whenever the process is killed, ``target`` is the old folder or the new one; on a file system that cannot swap two
-    folders it may be gone, until :func:`restore` puts the old one back.
+    If the process is killed, ``target`` is the old folder or the new one. On a file system that cannot exchange two
+    folders it may be missing until :func:`restore` puts the old one back.
 
     Raises:
-        FileExistsError: ``target`` exists and ``replace`` is False: before any work starts, or because another process
-            made it meanwhile.
+        FileExistsError: ``replace`` is False and ``target`` exists, or another process makes it before the block ends.
     """
     target = Path(target)
     restore(target.parent)
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
+    if not replace:
+        check_absent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
@@ -51,8 +50,14 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
         raise
 
 
+def check_absent(target: Path) -> None:
+    """Raise FileExistsError if there is something at ``target``, a folder to be made."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
+
+
 def restore(parent: Path) -> None:
-    """Put back the folders of ``parent`` that a process has set aside, and was killed before it put new ones there."""
+    """Put back the folders of ``parent`` that a process set aside before it was killed in the middle of a swap."""
     for retired in parent.glob(f".*{RETIRED}"):
         target = parent / retired.name[1 : -len(RETIRED)].rpartition(".")[0]
         if (retired / INNER).exists() and not target.exists():
@@ -73,7 +78,7 @@ def _rename(new: Path, target: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``, which goes."""
+    """Replace ``target`` by ``new``; the old ``target`` is deleted."""
     if _exchange(new, target):
         _remove(new)
         return
@@ -85,13 +90,13 @@ def _swap(new: Path, target: Path) -> None:
         except OSError:
             if not target.exists():
                 raise
-            continue  # a reader has put the old one back meanwhile
+            continue  # a reader has put the old one back
         shutil.rmtree(retired, ignore_errors=True)
         return
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in a single step; False where system or file system cannot."""
+    """Exchange two paths atomically; returns False if the system or file system cannot."""
     if sys.platform != "linux":
         return False
     import ctypes
@@ -112,8 +117,10 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files and folders that a killed process left in ``folder``, and put back what it had set
-    aside. The caller must hold the folder's lock, because a living process has such files, too."""
+    """Remove the unfinished files and folders that a killed process left in ``folder``, and restore those it set aside.
+
+    The caller must hold the folder's lock, because a running process has such files, too.
+    """
     restore(folder)
     for pattern in (f".*{PARTIAL}", f".*{RETIRED}"):
         for path in list(folder.glob(pattern)):
@@ -125,7 +132,7 @@ def atomic_file(target: str | os.PathLike[str], *, durable: bool = True) -> Iter
     """Yield a temporary path beside ``target``; it replaces ``target`` if the block succeeds, and vanishes if not.
 
     Args:
-        durable: whether it outlives a loss of power, too, which takes milliseconds; False for one file of thousands.
+        durable: whether the file also survives a loss of power, which takes milliseconds; False for thousands of files.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +153,8 @@ def atomic_file(target: str | os.PathLike[str], *, durable: bool = True) -> Iter
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file or folder out: else a rename may reach the disk before what it names does."""
-    if os.name == "nt" and path.is_dir():  # which Windows cannot open
+    """Flush a file or folder to disk; otherwise a rename may reach the disk before the content does."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
@@ -158,11 +165,13 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The path of a file for libraries that take UTF-8 alone, as safetensors does: its own; or, where a folder above
-    it has another name, as Linux allows, one by which the system knows the folder while it is open here.
+    """A UTF-8 path of a file, for libraries that take no other paths, such as safetensors.
+
+    If a folder above the file has a name that is not UTF-8, as Linux allows, the path leads through the descriptor of
+    the opened folder, and is valid inside the context only.
 
     Raises:
-        ValueError: the file's own name is no UTF-8.
+        ValueError: the file's own name is not UTF-8.
     """
     name = os.fspath(path)
     if is_utf8(name):
@@ -179,7 +188,7 @@ def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8; names of files of other encodings cannot."""
+    """Whether a text can be encoded as UTF-8; file names in other encodings cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -188,10 +197,10 @@ def is_utf8(text: str) -> bool:
 
 
 def write_json(target: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_file(target) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -202,7 +211,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file does not hold JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 
@@ -219,8 +228,8 @@ def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file in UTF-8.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no text in UTF-8.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8 text.
     """
     path = Path(path)
     if not path.is_file():
@@ -234,7 +243,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def missing_file(path: str | Path) -> str:
-    """What a message says of a file that is not there: its name, and what is near it."""
+    """The message about a missing file: its path, and the most similar files near it."""
     path = Path(path)
     if path.is_dir():
         return f"{path} is a folder; name a file"
@@ -245,7 +254,7 @@ def missing_file(path: str | Path) -> str:
 
 
 def missing_folder(path: str | Path) -> str:
-    """What a message says of a folder that is not there: its name, and which ones are beside it."""
+    """The message about a missing folder: its path, and the most similar folders beside it."""
     path = Path(path)
     if path.exists():
         return f"{path} is a file; name a folder"
@@ -253,8 +262,10 @@ def missing_folder(path: str | Path) -> str:
 
 
 def beside(path: str | Path) -> str:
-    """How a message about a folder that is not there goes on: "; runs has first, second", the likeliest ones first, or
-    nothing where the folder around it is not there either, or not named."""
+    """The end of a message about a missing folder, such as "; runs has first, second", the most similar first.
+
+    Empty if ``path`` names no parent folder, or one that does not exist.
+    """
     path = Path(path)
     if path.parent == Path() or not path.parent.is_dir():
         return ""
@@ -270,10 +281,9 @@ def sha256(path: str | Path) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made or fetched again is kept: ``~/.cache/vistok/NAME``, or below ``$XDG_CACHE_HOME``. It need
-    not exist yet.
+    """The folder of a cache: ``~/.cache/vistok/NAME``, or below ``$XDG_CACHE_HOME``. It may not exist yet.
 
     Raises:
-        RuntimeError: there is no home.
+        RuntimeError: the home folder is unknown.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok" / name

@@ -1,4 +1,4 @@
-"""Numbers beyond the range of a precision: found where they appear, before they become ids or images of nothing."""
+"""Checks for NaN and infinities where they first appear, before they turn into wrong ids or images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NONE = torch.iinfo(torch.int64).max
 
 
 def explain(what: str, dtype: torch.dtype) -> str:
-    """The message about something that is not finite in a precision, with the way out."""
+    """The message that ``what`` is not finite in ``dtype``, with a remedy."""
     name = str(dtype).removeprefix("torch.")
     remedy = (
         "float16 has too small a range; take bfloat16 or float32"
@@ -20,7 +20,7 @@ def explain(what: str, dtype: torch.dtype) -> str:
 
 
 class FirstFailure:
-    """Which token of a batch was the first whose values are not finite, noted on the device while a loop runs.
+    """Records, on the device and during a loop, the first token of a batch whose values are not finite.
 
     Args:
         what: what the values are, such as "latents".
@@ -32,24 +32,23 @@ class FirstFailure:
         self._first: Tensor | None = None
 
     def note(self, values: Tensor, positions: Tensor | None = None) -> None:
-        """Look at values (B, n, ...) of tokens (B, n), or of the first n; the host does not wait."""
+        """Record values (B, n, ...) of the tokens at ``positions`` (B, n) or of the first n; the host does not wait."""
         wrong = ~values.isfinite().flatten(2).all(-1)
         places = torch.arange(wrong.shape[1], device=wrong.device) if positions is None else positions
         first = torch.where(wrong, places, NONE).amin()
         self._first = first if self._first is None else torch.minimum(self._first, first)
 
     def check(self) -> None:
-        """Raise ValueError, naming the token, if there was one: the one time that the host waits for the device."""
+        """Raise ValueError, naming the token, if one was recorded. Only here the host waits for the device."""
         if self._first is not None and int(self._first) < NONE:
             raise ValueError(explain(f"the {self._what} of token {int(self._first)}", self._dtype))
 
 
 def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """The values (B, n, ...) of the first n tokens as they are, with ``FirstFailure`` asked at once; the host waits for
-    the device.
+    """Return the values (B, n, ...) of the first n tokens if all are finite; the host waits for the device.
 
     Raises:
-        ValueError: some are NaN or infinite; the message names the first token.
+        ValueError: a value is NaN or infinite; the message names the first such token.
     """
     failure = FirstFailure(what, dtype)
     failure.note(values)
@@ -58,10 +57,10 @@ def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:
 
 
 def finite_latents(latents: Tensor) -> Tensor:
-    """Latents of images as they are; the host waits for the device.
+    """Return latents of images if all are finite; the host waits for the device.
 
     Raises:
-        ValueError: some are NaN or infinite.
+        ValueError: a value is NaN or infinite.
     """
     if not bool(latents.isfinite().all()):
         raise ValueError(explain("the latents of these images", latents.dtype))

@@ -1,4 +1,4 @@
-"""One writer for a folder: who fills it holds its lock, and says who it is to those who come later."""
+"""Locks of folders: one process at a time writes a folder, and others learn which process that is."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import psutil
 log = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What a file system says that has no locks, such as a share whose server runs no lock service."""
+"""Errors of file systems without locks, such as a network share whose server runs no lock service."""
 TRIES = 10
-"""A lock file that is removed by the process before, or stolen from a dead one, is made anew."""
+"""How often a lock is tried: its file may be removed by the last owner, or be left by a dead one."""
 OWNER = {"pid": int, "host": str, "space": str, "started": float}
-"""What an owner says of itself."""
+"""The fields of an owner file, and their types."""
 
 
 class FolderInUseError(ValueError):
@@ -32,11 +32,11 @@ class FolderInUseError(ValueError):
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold the lock of a folder, which need not exist yet.
 
-    The system frees the lock of a process that dies, however it does. The lock is ``.NAME.lock`` beside the folder,
-    or inside where nothing can be written beside it; ``.NAME.owner`` tells who holds it.
+    The operating system frees the lock of a process that dies. The lock file is ``.NAME.lock`` beside the folder, or
+    inside it if the parent is not writable; ``.NAME.owner`` tells who holds the lock.
 
     Raises:
-        FolderInUseError: a living process holds it.
+        FolderInUseError: a running process holds the lock.
     """
     from filelock import FileLock
 
@@ -49,14 +49,14 @@ def locked(folder: str | Path) -> Iterator[None]:
             owner.write_text(json.dumps(_this_process()))
         yield
     finally:
-        if lock is not None and os.getpid() == holder:  # a process that was forked off meanwhile holds nothing
+        if lock is not None and os.getpid() == holder:  # a process forked inside the block holds no lock
             owner.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)  # before it is free: whoever has opened it by then looks again
+            path.unlink(missing_ok=True)  # before the release: whoever has opened the file by then tries again
             lock.release()
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is anything in a folder but its own lock."""
+    """Whether a folder holds anything other than its own lock files."""
     own = (f".{folder.resolve().name}.lock", f".{folder.resolve().name}.owner")
     return any(path.name not in own for path in folder.iterdir())
 
@@ -68,7 +68,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _acquire(kind: type, path: Path, folder: Path) -> Any:
-    """The lock, held; None where the file system has no locks."""
+    """The acquired lock; None if the file system has no locks."""
     from filelock import Timeout
 
     for _ in range(TRIES):
@@ -79,7 +79,7 @@ def _acquire(kind: type, path: Path, folder: Path) -> Any:
             owner = _owner(path)
             if owner is None or not _is_dead(owner):
                 raise FolderInUseError(_in_use(folder, owner)) from None
-            path.unlink(missing_ok=True)  # what holds it was left behind by the dead: processes that read its data
+            path.unlink(missing_ok=True)  # held by children that the dead owner left behind, such as data loaders
             continue
         except (NotImplementedError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
@@ -94,7 +94,7 @@ def _acquire(kind: type, path: Path, folder: Path) -> Any:
 
 
 def _still_stands(kind: type, path: Path) -> bool:
-    """Whether the file of the lock that was just taken is still at ``path``: its last owner may have removed it."""
+    """Whether the lock file just acquired is still at ``path``; its last owner may have removed it."""
     from filelock import Timeout
 
     other = kind(path)
@@ -111,8 +111,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _space() -> str:
-    """What tells machines, and containers of one machine, apart that have one host name: there a pid is another
-    process."""
+    """An id of this boot and pid namespace. It tells apart machines or containers with one host name, in which the same
+    pid is another process."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
@@ -120,11 +120,10 @@ def _space() -> str:
 
 
 def _started(pid: int) -> float:
-    """When a process began: on Linux in ticks since the machine did, because its clock may be set meanwhile; elsewhere
-    in seconds.
+    """When a process started: on Linux in clock ticks since boot, since the wall clock may be changed; else in seconds.
 
     Raises:
-        psutil.NoSuchProcess: there is none.
+        psutil.NoSuchProcess: there is no such process.
     """
     began = psutil.Process(pid).create_time()
     try:
@@ -138,20 +137,20 @@ def _owner(path: Path) -> dict[str, Any] | None:
         owner = json.loads(path.with_suffix(".owner").read_text())
         return {kind: convert(owner[kind]) for kind, convert in OWNER.items()}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None  # it is being written just now, or damaged
+        return None  # it is being written, or damaged
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner is known to be dead; of another host's or container's nothing is known."""
+    """Whether the owner is known to be dead; always False for one on another host or in another container."""
     if (owner["host"], owner["space"]) != (socket.gethostname(), _space()):
         return False
     try:
-        if psutil.Process(owner["pid"]).status() == psutil.STATUS_ZOMBIE:  # killed, and nobody asks how it ended
+        if psutil.Process(owner["pid"]).status() == psutil.STATUS_ZOMBIE:  # killed, but not reaped by its parent
             return True
         return abs(_started(owner["pid"]) - owner["started"]) > 1
     except psutil.NoSuchProcess:
         return True
-    except (psutil.AccessDenied, ValueError, OverflowError):  # or no pid at all
+    except (psutil.AccessDenied, ValueError, OverflowError):  # the last two: the pid is invalid
         return False
 
 

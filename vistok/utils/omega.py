@@ -1,6 +1,6 @@
-"""What OmegaConf would do with a foreign YAML file, and must not: call resolvers, write out aliases without end.
+"""Guards for untrusted YAML files that OmegaConf reads: against calls of resolvers and endless expansion of aliases.
 
-Texts with ``${`` are references to it: ``${a.b}`` to another key, ``${name:…}`` to a resolver, a function.
+OmegaConf treats texts with ``${`` as references: ``${a.b}`` to another key, ``${name:…}`` to a resolver (a function).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST_NODES = 1_000_000
-"""The most values of a YAML file, aliases written out: a few lines of aliases of aliases would fill the memory."""
+"""The most values of a YAML file with aliases expanded; a few lines of nested aliases could fill the memory."""
 
 
 def calls_resolver(text: str) -> bool:
@@ -25,11 +25,11 @@ def calls_resolver(text: str) -> bool:
     try:
         return has_resolver(parse(text))
     except OmegaConfBaseException:
-        return True  # what cannot be read is not resolved either
+        return True  # OmegaConf cannot parse it, so refuse it
 
 
 def check_size(root: Any) -> None:
-    """Raise ValueError if a YAML document without aliases would be too large, or endless."""
+    """Raise ValueError if a YAML document is too large, or endless, once its aliases are expanded."""
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
@@ -53,7 +53,7 @@ _REFERENCE = re.compile(r"(\\*)\$\{")
 
 
 def escape(text: str) -> str:
-    """``text`` as OmegaConf writes it if it is no reference."""
+    """``text`` with every ``${`` escaped, so that OmegaConf reads no reference."""
     return _REFERENCE.sub(r"\1\1\\${", text)
 
 

@@ -1,9 +1,9 @@
-"""Folders that take long to fill. Each has one writer and a record of what its files depend on, and a killed command
-goes on in it.
+"""Output folders that take long to fill, and that a killed command can resume. Each has one writer, and a record of the
+settings that its files depend on.
 
-``collected`` is for folders that appear when they are whole: until then the files lie in ``TARGET.unfinished/``, and
-``--resume`` goes on. ``continued`` is for folders that the same command may add to at any time: they have their name
-from the beginning. Files inside are written atomically, so that one that exists is whole.
+``collected`` is for folders that appear when they are complete: until then the files lie in ``TARGET.unfinished/``, and
+``--resume`` continues. ``continued`` is for folders that the same command may extend at any time: they have their name
+from the start. Files inside are written atomically, so a file that exists is complete.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vistok.utils.locks import holds_files, locked
 from vistok.utils.processes import ALONE, Processes
 
 SETTINGS = "unfinished.json"
-"""The record in a collected folder, until it is whole."""
+"""The record in a collected folder until it is complete."""
 PLAN = "plan.json"
 """The record in a continued folder, which stays."""
 
 
 class ResumeError(ValueError):
-    """There is nothing to go on with, or what is there was begun with other settings."""
+    """There is nothing to resume, or it was made with other settings."""
 
 
 @contextmanager
@@ -37,19 +37,21 @@ def collected(
     processes: Processes = ALONE,
     hopeless: type[Exception] | tuple[()] = (),
 ) -> Iterator[Path]:
-    """The folder in which the files of ``target`` are collected: a new one, or the one that a killed run left. When the
-    block ends it gets its name; an error removes it while it holds no file, and otherwise says how to go on.
+    """Yield the folder in which the files of ``target`` are collected: a new one, or the one that a killed run left.
+
+    When the block ends, the folder is renamed to ``target``. If the block raises, an empty folder is removed; otherwise
+    the error gets a note on how to resume.
 
     Args:
         settings: everything that the files depend on, as JSON values.
-        resume: go on with what a killed run left.
-        processes: those that fill it together; all of them must come here.
-        hopeless: the error that would come again with the same data.
+        resume: continue the folder that a killed run left.
+        processes: the processes that fill the folder together; each of them must enter this context.
+        hopeless: the type of error that resuming would meet again.
 
     Raises:
-        FileExistsError: ``target`` is there and not an empty folder; or an unfinished one is, and ``resume`` is False.
-        ResumeError: nothing to resume, or something else.
-        FolderInUseError: another process fills it.
+        FileExistsError: ``target`` is not empty; or ``TARGET.unfinished`` exists and ``resume`` is False.
+        ResumeError: there is nothing to resume, or it was made with other settings.
+        FolderInUseError: another process fills the folder.
     """
     with _one_writer(target, processes):
         folder = unfinished(target)
@@ -73,16 +75,17 @@ def collected(
 
 @contextmanager
 def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes = ALONE) -> Iterator[Path]:
-    """A folder that keeps its record: the same settings go on in it, and files of two settings never mix. A new one is
-    removed if the block ends in an error before there is any other file.
+    """Yield ``folder``, which keeps a record of its settings, so that files of two settings never mix.
+
+    A new folder is removed if the block raises before it has written a file.
 
     Args:
         settings: everything that all files depend on, as JSON values.
-        processes: those that fill it together; all of them must come here.
+        processes: the processes that fill the folder together; each of them must enter this context.
 
     Raises:
-        ResumeError: it was begun with other settings, its record is damaged, or it holds something else.
-        FolderInUseError: another process fills it.
+        ResumeError: the folder was begun with other settings, its record is damaged, or it holds other files.
+        FolderInUseError: another process fills the folder.
     """
     with _one_writer(folder, processes):
         if processes.is_first:
@@ -105,7 +108,7 @@ def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes
 
 
 def unfinished(target: Path) -> Path:
-    """Where the files of ``target`` are collected."""
+    """The folder in which the files of ``target`` are collected."""
     return target.with_name(f"{target.name}.unfinished")
 
 
@@ -114,7 +117,7 @@ def _one_writer(folder: Path, processes: Processes) -> Any:
 
 
 def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed when all was there
+    (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed after the rename
     if target.exists() and (not target.is_dir() or holds_files(target)):
         raise FileExistsError(f"{target} exists already and is not empty; choose another folder or remove it first")
     folder = unfinished(target)
@@ -131,12 +134,12 @@ def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def _is_begun(folder: Path, record: str = SETTINGS) -> bool:
-    """Whether there is any file in it beside the record."""
+    """Whether a folder has any file beside its record."""
     return any(path.is_file() and path != folder / record for path in folder.rglob("*"))
 
 
 def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
-    """Raise ResumeError unless the record in a folder is of these settings."""
+    """Raise ResumeError unless the record in a folder equals ``settings``."""
     try:
         saved = read_json(folder / record)
         wrong = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
@@ -150,8 +153,8 @@ def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
 
 
 def _publish(target: Path) -> None:
-    """Give the finished folder its name."""
+    """Rename the finished folder to ``target``."""
     if target.exists():
-        target.rmdir()  # an empty folder, which not every system replaces
+        target.rmdir()  # not every system can rename onto an empty folder
     unfinished(target).rename(target)
     (target / SETTINGS).unlink()

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths that begin with ``~``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any
 
 
 def at_home(text: str) -> str:
-    """A text of a command line, in which a path that begins with ``~`` is one below the home folder: ``~/photos``, and
-    ``data.root=~/photos``, which shells leave as it is."""
+    """A command line argument with ``~`` expanded, also in ``data.root=~/photos``, which shells leave as it is."""
     key = match[0] if (match := re.match(r"[\w.-]+=", text)) else ""
     value = text.removeprefix(key)
     return f"{key}{os.path.expanduser(value)}" if value == "~" or value.startswith("~/") else text
 
 
 def local(path: str | Path) -> str | Path:
-    """A path, or a hub id, whose ``~`` is the home folder."""
+    """A path with ``~`` expanded; hub ids stay as they are."""
     return Path(path).expanduser() if str(path).startswith("~") else path
 
 
 def expand(value: Any) -> Any:
-    """A config in which all texts that begin with ``~/`` are paths below the home folder."""
+    """A config with all texts that begin with ``~/`` expanded, in nested sections too."""
     if isinstance(value, Mapping):
         return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Several processes that share one piece of work, as ``torchrun`` or ``accelerate launch`` start them."""
+"""Processes that share work, started by ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-PATIENCE = timedelta(days=2)  # how long a process waits for slower ones
+PATIENCE = timedelta(days=2)  # timeout for waiting on slower processes
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that work together; a single one by default.
+    """This process among those that share work; by default a single one.
 
     Attributes:
-        index: of this process.
-        count: of all.
+        index: rank of this process.
+        count: number of processes.
     """
 
     index: int = 0
@@ -27,7 +27,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Join the processes that the launcher's environment (RANK, WORLD_SIZE) tells of, if there are several."""
+        """Join the process group that the launcher describes (RANK, WORLD_SIZE), if it has several processes."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
@@ -41,17 +41,26 @@ class Processes:
         return self.index == 0
 
     def device(self) -> torch.device:
-        """A GPU of its own for every process of a machine, if there are GPUs."""
+        """The GPU of this process, by LOCAL_RANK; the CPU if there are no GPUs."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
+    def ranges(self, count: int, size: int) -> list[tuple[int, int]]:
+        """The ranges [start, stop) of at most ``size`` of ``count`` samples that this process makes, in turn with the
+        others.
+
+        They depend on the numbers alone, since processes that continue a folder look for its files at different times.
+        """
+        starts = range(self.index * size, count, self.count * size)
+        return [(start, min(start + size, count)) for start in starts]
+
     def part(self, count: int) -> tuple[int, int]:
-        """First and last + 1 of this process's consecutive share of ``count`` items."""
+        """(start, stop) of this process's consecutive share of ``count`` items."""
         return self.index * count // self.count, (self.index + 1) * count // self.count
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order, everywhere."""
+        """The values of all processes in rank order; every process gets them."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -59,7 +68,7 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Return when all processes are here."""
+        """Return when all processes have called this."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -68,17 +77,17 @@ ALONE = Processes()
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one; before they have joined."""
+    """Whether this is the launcher's first process or the only one; works before ``Processes.join``."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def group_size() -> int:
-    """How many processes torch's process group has; 1 where there is none."""
+    """Number of processes in torch's process group; 1 if there is none."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """Every process has a share in the sum that all get, so its gradient is the sum of all of theirs."""
+    """All-reduce sum. Every process gets the sum, so its values' gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -94,18 +103,18 @@ class _SumOverGroup(torch.autograd.Function):
 def sum_over_group(values: Tensor) -> Tensor:
     """The sum of ``values`` (...) over the process group; every process must call it, and gets the same sum.
 
-    Differentiable, twice too, for parts of a loss that differ from process to process. All of them must compute
-    gradients through it.
+    Differentiable, also twice, for parts of a loss that differ between processes. All processes must then run the
+    backward pass through it.
     """
     return values if group_size() == 1 else _SumOverGroup.apply(values)
 
 
 def share_of_group(total: Tensor) -> Tensor:
-    """What a weighted mean in a loss divides by, given this process's total of the weights (scalar): the mean of all
-    processes' totals, since the mean of their losses is then the mean over all samples, however the weights are spread.
+    """The divisor of a weighted mean in a loss, from this process's scalar ``total`` of the weights.
 
-    Where gradients are computed every process must call it. Elsewhere, as in a validation that one process does alone,
-    the total stays as it is.
+    It is the mean of all processes' totals. The mean of the processes' losses is then the weighted mean over all
+    samples, however the weights are spread. With gradients enabled every process must call it. Without gradients, as in
+    a validation on one process, ``total`` is returned.
     """
     return mean_over_group(total.detach().float()).to(total) if torch.is_grad_enabled() else total
 
@@ -113,8 +122,8 @@ def share_of_group(total: Tensor) -> Tensor:
 def mean_over_group(values: Tensor) -> Tensor:
     """The mean of ``values`` (...) over the process group; every process must call it, and gets the same mean.
 
-    Differentiable, for losses that every process computes from the mean alike: each hands the whole gradient of the
-    mean on to its own values, and DDP or FSDP2, which average gradients over processes, make it that process's share.
+    Differentiable, for losses that every process computes identically from the mean: the whole gradient of the mean
+    flows to the process's own values, and DDP or FSDP2 then average it over processes.
     """
     if group_size() == 1:
         return values

@@ -1,4 +1,4 @@
-"""Progress bars for work that takes long: on standard error, and only where somebody watches."""
+"""Progress bars for long work, on standard error and only if it is a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield ``items``, of which there are ``total``, under a bar with the time left."""
+    """Yield the ``total`` items while a bar shows the progress and the time left."""
     with Bar(description, total) as bar:
         for count, item in enumerate(items):
             bar.show(count)
@@ -18,10 +18,10 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
 
 
 class Bar:
-    """A bar with the time left, whose parts can be told in fractions, with a note beside it.
+    """A bar with the time left and a note; progress may be a fraction of an item.
 
     Attributes:
-        live: whether somebody watches.
+        live: whether standard error is a terminal.
     """
 
     def __init__(self, description: str, total: float):
@@ -42,16 +42,16 @@ class Bar:
         self._progress.stop()
 
     def show(self, completed: float, note: str = "") -> None:
-        """Say how much is done."""
+        """Set the progress and the note."""
         self._progress.update(self._task, completed=completed, note=note)
 
     def of_batch(self, done: float, size: float, length: int) -> dict[str, Any]:
-        """Arguments for a pipeline's call that let the bar show how far a batch is; none where nobody watches.
+        """Arguments for a pipeline's call that show the progress within a batch; empty if the bar is not live.
 
         Args:
-            done: what the bar had before.
-            size: what the batch adds to it.
-            length: positions of each image.
+            done: the progress before the batch.
+            size: the progress that the batch adds.
+            length: number of positions of each image.
         """
 
         def callback(pipe: Any, step: int, positions: int, tensors: Any) -> None:

@@ -18,10 +18,10 @@ def recipes() -> list[str]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a config: a file of one's own, or a shipped one by its name.
+    """The path of a config: an existing file, or a shipped config by its name.
 
     Raises:
-        FileNotFoundError: neither; the message names the nearest shipped ones.
+        FileNotFoundError: there is neither; the message names the nearest shipped ones.
     """
     own, known = Path(name).expanduser(), recipes()
     if own.is_file():
@@ -39,7 +39,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def models_of_configs() -> dict[str, str]:
-    """The registered name of the model that each shipped config trains, by the config's name."""
+    """From the name of each shipped config to the registered name of the model it trains."""
     found = {}
     for name in recipes():
         match = re.search(r"^model:(?:\s*\{|\s*\n(?:\s*#.*\n)*\s+)name: (\w+)", _text(name), re.MULTILINE)

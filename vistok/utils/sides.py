@@ -17,7 +17,7 @@ def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def times(sides: Sequence[int]) -> str:
-    """Sides as people write them: 256x256."""
+    """Sides as text: "256x256"."""
     return "x".join(map(str, sides))
 
 
@@ -25,7 +25,7 @@ def grid_of(sides: Sequence[int], stride: int) -> tuple[int, int]:
     """(h, w) of the tokens of an image of (height, width).
 
     Raises:
-        ValueError: sides that are no multiples of the stride.
+        ValueError: a side is not a positive multiple of ``stride``.
     """
     height, width = sides
     if height < 1 or width < 1 or height % stride or width % stride:
@@ -34,7 +34,7 @@ def grid_of(sides: Sequence[int], stride: int) -> tuple[int, int]:
 
 
 def check_grid(tokens: Tensor, grid: Sequence[int]) -> None:
-    """Raise ValueError unless there are as many tokens (B, L, …) as a grid has."""
+    """Raise ValueError unless the number L of tokens (B, L, …) is that of the grid."""
     if tokens.shape[1] != math.prod(grid):
         raise ValueError(
             f"a grid of {times(grid)} has {math.prod(grid)} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other "

@@ -1,4 +1,4 @@
-"""What messages say of misspelt names."""
+"""Hints for misspelt names in error messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def nearest(name: str, allowed: Sequence[str]) -> str | None:
 
 
 def suggestion(name: Any, allowed: Sequence[str]) -> str:
-    """What a message says of an unknown name: "; did you mean 'x'?", or nothing where no allowed one is near."""
+    """The hint for an unknown name: "; did you mean 'x'?", or "" if no allowed name is near."""
     near = nearest(name, allowed) if isinstance(name, str) else None
     return did_you_mean(repr(near)) if near else ""
 
 
 def did_you_mean(*near: str) -> str:
-    """How a message goes on after an unknown name: "; did you mean x or y?", or "." where nothing is near."""
+    """The end of a message about an unknown name: "; did you mean x or y?", or "." without names."""
     return f"; did you mean {' or '.join(near)}?" if near else "."

@@ -1,4 +1,4 @@
-"""Files of tensors (safetensors), also in folders whose names are no UTF-8, which safetensors itself does not take."""
+"""Files of tensors (safetensors), also in folders with names that are not UTF-8, which safetensors cannot open."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A file whose tensors can be read one by one, and its metadata; raises what ``safetensors.safe_open`` does."""
+    """Open a file to read its metadata and single tensors; raises what ``safetensors.safe_open`` does."""
     with utf8_path(path) as name, safetensors.safe_open(name, "pt") as file:
         yield file

@@ -11,7 +11,7 @@ from vistok.data.transforms import center_crop_adm
 from ..harness import Case, Step, runner
 
 BEFORE_13 = int(PIL.__version__.partition(".")[0]) < 13
-"""Pillow 13, whose the answers are, rounds resized images otherwise: by a level in a quarter of the pixels of some."""
+"""Pillow 13 made the answers; older ones round resized images differently, by a level in up to a quarter of pixels."""
 
 
 @runner("eval/crop", "crop")

@@ -19,7 +19,7 @@ from ..harness import Case, GoldenFailure, Step, runner
 
 
 def _check(step: Step, name: str, value: Any, *known: Any) -> Any:
-    """Refuse settings that no code here stands for, instead of computing something else."""
+    """Refuse settings that no code here implements, instead of computing something else."""
     if value not in known:
         raise GoldenFailure(f"{step.id}: unknown {name} {value!r}; known: {known}")
     return value

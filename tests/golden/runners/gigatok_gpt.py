@@ -47,7 +47,7 @@ def probe(case: Case, step: Step) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Scheduled(DecodingOptions):
-    """Greedy decoding with a guidance scale for each token; those behind are unguided."""
+    """Greedy decoding with a guidance scale for each token; later tokens are unguided."""
 
     scales: tuple[float, ...] = ()
 

@@ -46,7 +46,7 @@ def _as_map(model: GigaTok, tokens: Tensor) -> Tensor:
 def encode(case: Case, step: Step) -> dict[str, Tensor]:
     model = _tokenizer(case, step)
     spatial = model.encode_map(step.tensor("image", 0))
-    features, latents = model.token_encoder.features(spatial), model.latents(spatial)
+    features, latents = model.token_encoder.features(spatial), model.map_latents(spatial)
     return step.answers(spatial, _as_map(model, features), _as_map(model, latents))
 
 
@@ -60,7 +60,7 @@ def tokenize(case: Case, step: Step) -> dict[str, Tensor]:
 @torch.no_grad()
 def quantize(case: Case, step: Step) -> dict[str, Tensor]:
     model = _tokenizer(case, step)
-    latents = model.latents(model.encode_map(step.tensor("image", 0)))
+    latents = model.latents(step.tensor("image", 0))
     config = model.config
     own, asked = config["quantizer_gradient"], GRADIENTS[step.args["gradient"]]
     if own != asked:

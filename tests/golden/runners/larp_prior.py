@@ -32,12 +32,12 @@ def tokenize(case: Case, step: Step) -> dict[str, Tensor]:
 
 
 def _rounds(case: Case, step: Step, codes: Tensor) -> list[Round]:
-    """As many rounds as the step tells about, for straight-through codes (B, n, d)."""
+    """As many rounds as the step has answers for, for straight-through codes (B, n, d)."""
     prior, wanted = _prior(case), step.args.get("passes", step.args.get("passes_in_loss"))
-    single = step.has("drawn_ids") is False  # then only the first pass is asked for
+    single = step.has("inverse_cdf_ids") is False  # then only the first pass is asked for
     if single and wanted != [1]:
         raise GoldenFailure(f"{step.id}: passes {wanted} need drawn ids")
-    # Without the schedule all is replaced from the second pass on.
+    # Without the schedule, all tokens are replaced from the second pass on.
     replaced = torch.full((len(codes), codes.shape[1] - 1), prior.replaced_share(0.0) >= 1)
     if step.has("uniform"):
         progress = int(step.tensor("global_step", 3)) / int(step.tensor("max_steps", 4))
@@ -45,7 +45,7 @@ def _rounds(case: Case, step: Step, codes: Tensor) -> list[Round]:
         if "mix_ratio" in step.args and abs(share - step.args["mix_ratio"]) > 1e-9:
             raise GoldenFailure(f"{step.id}: the share at this step is {share}, not {step.args['mix_ratio']}")
         replaced = step.tensor("uniform", 1).flatten(1) < share
-    ids = torch.zeros_like(replaced, dtype=torch.int64)[None] if single else step.tensor("drawn_ids", 2)
+    ids = torch.zeros_like(replaced, dtype=torch.int64)[None] if single else step.tensor("inverse_cdf_ids", 2)
     ids = ids.unsqueeze(0) if ids.ndim == 2 else ids  # one pass change
     ids = ids.expand(max(prior.num_rounds - 1, len(ids)), -1, -1)
     return prior.rounds(

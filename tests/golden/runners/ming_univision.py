@@ -205,4 +205,4 @@ def continue_text(case: Case, step: Step) -> dict[str, Tensor]:
     check(step, "branch", 0)
     session, _ = _drawn(case, step)
     after = session.finish()[:, None]
-    return step.answers(after, session.tell(case.tensor("next_id"))[:, None])
+    return step.answers(after, session.append_text(case.tensor("next_id"))[:, None])

@@ -246,10 +246,10 @@ def _tatitok_latents(case: Case, step: Step, model: TATiTok) -> dict[str, Any]:
         raise GoldenFailure(f"{step.id}: quantize_mode {mode!r} is not the model's")
     if model.has_posterior:
         _check(step, "logvar_clamp", list(LOG_VARIANCE))
-        mean, logvar = model.quantizer.moments(hidden)
+        mean, logvar = model.gaussian.moments(hidden)
         draws = {"posterior": _from_map(case.tensor("noise"))} if "noise" in step.inputs else None
         kl = gaussian_kl(mean, logvar).sum(-1)
-        return {"mean": mean, "logvar": logvar, "kl": kl, "sample": model.quantizer.choose(mean, logvar, draws)}
+        return {"mean": mean, "logvar": logvar, "kl": kl, "sample": model.gaussian.choose(mean, logvar, draws)}
     _check(step, "l2_norm", model.quantizer.normalize)
     output = model.quantizer(hidden)
     beta = step.args.get("commit_loss_beta", case.config["model"]["vq_model"].get("commitment_cost", 0.25))

@@ -1,4 +1,4 @@
-"""A throw-away system, which is known to nobody outside of this folder: tests add it by a line of the registry each."""
+"""A throw-away system that no code outside this folder knows: tests add it by registry lines, one per model."""
 
 from support.throwaway.generator import Scattered, ScatteredOptions
 from support.throwaway.tokenizer import Pyramid

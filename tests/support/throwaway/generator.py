@@ -29,7 +29,7 @@ SIZES = (1, 4, 9)
 
 @dataclass(frozen=True)
 class ScatteredOptions(DecodingOptions):
-    """``guidance_scale`` is of the class and the text against nothing, unless the text has a scale of its own."""
+    """``guidance_scale`` guides class and text against no condition, unless the text has its own scale."""
 
     text_scale: float | None = None
 
@@ -148,7 +148,7 @@ class Scattered(AutoregressiveGenerator):
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
-        """Half of the samples that lose their condition lose the text alone."""
+        """Of the samples whose condition is dropped, half lose only the text."""
         self.check_tokenizer(tokenizer)
         if draws and "drop" in draws:
             drop = draws["drop"]

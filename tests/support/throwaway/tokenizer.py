@@ -1,4 +1,4 @@
-"""A tokenizer of 14 tokens: the codes of the mean colours of an image, of its quarters, and of its ninths."""
+"""A tokenizer of 14 tokens: codes of the mean colours of the image, of its 4 quarters and of its 9 ninths."""
 
 from __future__ import annotations
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, check_draws, token_loss
+from vistok.generators.base import Generator, check_draws, check_single_ids, token_loss
 from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
 from vistok.generators.engine.plan import Plan
-from vistok.generators.engine.sampling import DecodingOptions, drawn_ids, part_draws
+from vistok.generators.engine.sampling import DecodingOptions, inverse_cdf_ids, part_draws
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.rotary import Positions
-from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec
+from vistok.types import Clock, Condition, Expands, GeneratorOutput
 
 
 class OrderedEntries(NamedTuple):
@@ -194,16 +194,7 @@ class AutoregressiveGenerator(Generator):
         (R or 1, 1, stop - start, stop); None is plain causal attention."""
         return None
 
-    @staticmethod
-    def check_spec(spec: TokenSpec, model: str) -> TokenSpec:
-        """Return the spec if a plain next-token model can handle it; else raise ValueError."""
-        if not spec.discrete:
-            raise ValueError(
-                f"{model} predicts discrete ids; this tokenizer has continuous latents of {spec.dim} channels"
-            )
-        if spec.depth != 1:
-            raise ValueError(f"{model} predicts one id per position; this tokenizer has {spec.depth} (residual codes)")
-        return spec
+    check_spec = staticmethod(check_single_ids)
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits (B, L, V): position i, seeing the condition and ids[:, :i], predicts ids[:, i]."""
@@ -256,7 +247,7 @@ class AutoregressiveGenerator(Generator):
         tokenizer: Expands | None = None,
     ) -> Tensor:
         logits = self.training_logits(tokens, self.drop_condition(condition, draws), draws, tokenizer)
-        return drawn_ids(logits, draws["own"][..., 0])
+        return inverse_cdf_ids(logits, draws["own"][..., 0])
 
     def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
         """The entries of a training pass over ids (B, L), in the order in which they are predicted."""

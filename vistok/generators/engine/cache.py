@@ -48,6 +48,11 @@ class LayerBuffer:
             raise ValueError("this cache has no memory of a token shift; it was made with shift_dim 0")
         return self._shift
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._key.nbytes + self._value.nbytes + (0 if self._shift is None else self._shift.nbytes)
+
     def at(self, slots: Tensor) -> IndexedBuffer:
         """This layer's cache, written at the slots that a tensor holds."""
         return IndexedBuffer(self, slots)
@@ -153,7 +158,6 @@ class KVCache:
             for _ in range(num_layers)
         ]
         self.capacity, self.dtype = length, dtype
-        self.nbytes = num_layers * rows * (2 * num_heads * length * head_dim + shift_dim) * dtype.itemsize
         self.visible: Tensor | None = None
         self.offsets: Tensor | None = None
 
@@ -161,6 +165,11 @@ class KVCache:
     def length(self) -> int:
         """Entries stored so far."""
         return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def advance(self, count: int) -> None:
         """Record that ``count`` entries of every row were written through ``at``."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,27 @@ from vistok.guidance import weighted_sum
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
+
+
+@dataclass(frozen=True)
+class SessionTensors:
+    """What the compiled steps of a sampling session read and write in place.
+
+    Attributes:
+        tokens: (B, L) ids; written.
+        uniforms: (B, L), or None for greedy decoding.
+        weights: (L, rows), the weight of each guidance row at each position.
+        failed: (1,), the first position whose logits were not finite; written.
+        state: the output of the model's ``condition_state``.
+        cache: of the session, after its condition was fed; written.
+    """
+
+    tokens: Tensor
+    uniforms: Tensor | None
+    weights: Tensor
+    failed: Tensor
+    state: tuple[Tensor, ...]
+    cache: KVCache
 
 
 class CompiledStep:
@@ -47,36 +69,26 @@ class CompiledStep:
     def __call__(
         self,
         model: NextTokenModel,
+        computing: NextTokenModel,
         options: DecodingOptions,
+        session: SessionTensors,
+        layers: CachedLayers,
         position: Tensor,
         fed: Tensor,
-        tokens: Tensor,
-        uniforms: Tensor | None,
-        weights: Tensor,
-        failed: Tensor,
-        visible: Tensor | None,
-        layers: CachedLayers,
-        state: tuple[Tensor, ...],
-        computing: NextTokenModel,
     ) -> None:
-        """Feed the token before ``position`` and write the token drawn at ``position`` into ``tokens``.
+        """Feed the token before ``position`` and write the token drawn at ``position``.
 
         Args:
+            computing: the result of ``with_blocks``, which runs the compiled blocks.
+            layers: of the session's cache; they write at ``fed``.
             position: (1,) int64 image position, at least 1.
             fed: (1,) int64, the sequence position of the token before.
-            tokens: (B, L) ids; written.
-            uniforms: (B, L), or None for greedy decoding.
-            weights: (L, rows), the weight of each guidance row at each position.
-            failed: (1,), the first position whose logits were not finite; written.
-            visible: bool (R or 1, 1, 1, T + L), the entries that the last position sees; None is all.
-            layers: caches that write at ``fed``.
-            state: the output of the model's ``condition_state``.
-            computing: the result of ``with_blocks``, which runs the compiled blocks.
         """
-        keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
-        x, mask = self._before(model, position, fed, tokens, visible, keys, rows=weights.shape[1])
-        hidden = computing.transform(x, fed, mask, layers, *state)
-        logits = self._after(model, hidden, position, weights)
+        tokens, uniforms, failed = session.tokens, session.uniforms, session.failed
+        keys, rows = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim), session.weights.shape[1]
+        x, mask = self._before(model, position, fed, tokens, session.cache.visible, keys, rows=rows)
+        hidden = computing.transform(x, fed, mask, layers, *session.state)
+        logits = self._after(model, hidden, position, session.weights)
         failed.copy_(torch.where(logits.sum().isfinite(), failed, torch.minimum(failed, position)))
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
@@ -141,33 +153,17 @@ class SessionSteps:
 
     Args:
         step: the compiled step.
-        cache: of the session, after its condition was fed.
-
-    The other arguments are those of ``CompiledStep``.
     """
 
-    def __init__(
-        self,
-        step: CompiledStep,
-        model: NextTokenModel,
-        options: DecodingOptions,
-        *,
-        tokens: Tensor,
-        uniforms: Tensor | None,
-        weights: Tensor,
-        failed: Tensor,
-        state: tuple[Tensor, ...],
-        cache: KVCache,
-    ):
+    def __init__(self, step: CompiledStep, model: NextTokenModel, options: DecodingOptions, session: SessionTensors):
         limits = torch._dynamo.config  # of graphs per function; each thread has its own
         limits.recompile_limit = max(limits.recompile_limit, 64)  # a sweep over options takes more than 8
         self._offset = model.condition_length - 1
-        self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
-        layers = cache.at(self._fed)
-        blocks = blocks_for(model, weights.shape[1] * len(tokens), tokens.device)
-        computing = step.with_blocks(model, blocks)
-        inputs = (self._position, self._fed, tokens, uniforms, weights, failed, cache.visible, layers, state, computing)
-        self._run = partial(step, model, options, *inputs)
+        device = session.tokens.device
+        self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        layers = session.cache.at(self._fed)
+        computing = step.with_blocks(model, blocks_for(model, session.weights.shape[1] * len(session.tokens), device))
+        self._run = partial(step, model, computing, options, session, layers, self._position, self._fed)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._next: int | None = None  # the position that the graph's own counter is at

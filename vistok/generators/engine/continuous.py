@@ -33,9 +33,8 @@ class ContinuousGenerator(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Session:
-        self.check_tokenizer(tokenizer)
         options = options or self.options_type()
-        self.check_condition(condition)
+        self.check_start(condition, options.guidance, tokenizer)
         if draws is None:
             raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
         return self.session_type(self, condition, options, draws)

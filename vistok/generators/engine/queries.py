@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import check_draws, token_loss
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.plan import Plan, check_orders, in_order, in_places
+from vistok.generators.base import check_draws
+from vistok.generators.engine.orders import OrderedGenerator
+from vistok.generators.engine.plan import Plan, check_orders
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.guidance import Guidance, Weights
-from vistok.types import Clock, Condition, Expands, GeneratorOutput
+from vistok.types import Condition, Expands
 
 
 def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ class QuerySession(AutoregressiveSession):
         return hidden, model.step_logits(hidden, count)
 
 
-class QueryGenerator(AutoregressiveGenerator):
+class QueryGenerator(OrderedGenerator):
     """A transformer over [condition, tokens, queries].
 
     ``embed_condition`` gives the condition's entries and the queries of the first step, ``embed_tokens`` the entries of
@@ -154,16 +154,6 @@ class QueryGenerator(AutoregressiveGenerator):
         Args:
             known, queries: the numbers of tokens and of queries; queries come last.
             start: entries that the cache holds already.
-        """
-
-    @abstractmethod
-    def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """Teacher-forced logits (B, L, V) in the order of generation.
-
-        Args:
-            ids: (B, L), already in that order.
-            orders: (B, L), the places of these tokens.
-            draws: of ``training_draws``, or none.
         """
 
     def group_sizes(self, options: QueryOptions) -> tuple[int, ...]:
@@ -269,48 +259,6 @@ class QueryGenerator(AutoregressiveGenerator):
         for _ in session.generate():
             pass
         return session.tokens.to(ids.device)
-
-    def logits(self, ids: Tensor, condition: Condition, orders: Tensor | None = None, **draws: Tensor) -> Tensor:
-        """Teacher-forced logits (B, L, V): the i-th one predicts the i-th token in order.
-
-        Args:
-            ids: (B, L) in raster order.
-            orders: (B, L), the places of the tokens in order; None is raster order.
-            **draws: the other draws of ``training_draws``.
-
-        Raises:
-            ValueError: orders that are not one permutation for each row.
-        """
-        return self.predict(*in_order(ids, orders), condition, draws)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        condition: Condition,
-        *,
-        draws: Draws | None = None,
-        weights: Tensor | None = None,
-        clock: Clock | None = None,
-        tokenizer: Expands | None = None,
-        context: Tensor | None = None,
-    ) -> GeneratorOutput:
-        """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
-
-        Raises:
-            ValueError: orders that are not one permutation for each row.
-        """
-        self.check_tokenizer(tokenizer)
-        draws = draws or {}
-        condition = self.drop_condition(condition, draws)
-        orders = draws.get("order")
-        fed, _ = in_order(tokens if context is None else context, orders)
-        tokens, orders = in_order(tokens, orders)
-        logits = self.predict(fed, orders, condition, draws)
-        return token_loss(logits, tokens, weights)
-
-    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
-        ids, orders = in_order(tokens, draws.get("order"))
-        return in_places(self.predict(ids, orders, condition, draws), orders)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), a random order of each sample."""

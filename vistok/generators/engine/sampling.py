@@ -145,9 +145,9 @@ def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) 
     if uniforms is None:
         raise ValueError(f"drawing at temperature {options.temperature} needs uniforms")
     logits = filter_logits(logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    return drawn_ids(logits, uniforms)
+    return inverse_cdf_ids(logits, uniforms)
 
 
-def drawn_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
+def inverse_cdf_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Ids (...) drawn from the softmax of logits (..., V) by inverse CDF, with uniforms (...) in [0, 1)."""
     return inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten()).view(logits.shape[:-1])

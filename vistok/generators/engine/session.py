@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.generators.engine.compiled import CompiledStep, SessionSteps
+from vistok.generators.engine.compiled import CompiledStep, SessionSteps, SessionTensors
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
@@ -274,6 +274,8 @@ class AutoregressiveSession:
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """The attention mask of the entries [start, stop) over the first ``stop``; None if full or plain causal."""
+        if start and stop - start == 1 and self.kv_cache.visible is not None:  # known: nothing is computed in each step
+            return self.kv_cache.visible[..., :stop]
         mask = self.model.attention_mask(self.rows, start, stop)
         if mask is not None or start == 0 or stop - start == 1:
             return mask
@@ -311,14 +313,8 @@ class AutoregressiveSession:
         simple = self.plan.is_raster and self.plan.is_single and self.guidance.combination == PLAIN
         if self._compiled_step is None or not simple:
             return None
-        return SessionSteps(
-            self._compiled_step,
-            self.model,
-            self.options,
-            tokens=self.sequence,
-            uniforms=self.draws.get("ids"),
-            weights=torch.tensor(self.weights, device=self.sequence.device),
-            failed=self.failed,
-            state=self.state,
-            cache=self.kv_cache,
+        weights = torch.tensor(self.weights, device=self.sequence.device)
+        tensors = SessionTensors(
+            self.sequence, self.draws.get("ids"), weights, self.failed, self.state, cache=self.kv_cache
         )
+        return SessionSteps(self._compiled_step, self.model, self.options, tensors)

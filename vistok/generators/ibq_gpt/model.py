@@ -159,8 +159,7 @@ class IBQGPT(Llama):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        cls.refuse_parts(spec, "labels")
-        return {"num_classes": spec.num_classes}
+        return super(Llama, cls).condition_arguments(spec)  # of class labels alone, unlike Llama
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         """The class vector (R, 1, D) of all adaptive norms."""

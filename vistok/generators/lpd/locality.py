@@ -19,8 +19,8 @@ def locality_order(
     first: int,
     ties: np.ndarray,
     *,
-    proximity_threshold: float = 1.0,
-    repulsion_threshold: float = 1.0,
+    proximity_threshold: float,
+    repulsion_threshold: float,
 ) -> np.ndarray:
     """The places (N,) int64 of an image in the order of generation.
 

@@ -88,7 +88,6 @@ class LPD(QueryGenerator):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null class exists but is untrained
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes, dim)
         self.null_class = nn.Parameter(torch.zeros(1, dim))

@@ -17,7 +17,6 @@ from typing import Any, Self, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
@@ -26,31 +25,14 @@ from vistok.flow.diffusion import GaussianDiffusion, strided_timesteps
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.mar import official
-from vistok.generators.mar.sampling import MAROptions, MARSession
-from vistok.nn.attention import Attention
+from vistok.generators.mar.sampling import NUM_TIMESTEPS, MAROptions, MARSession
 from vistok.nn.diffusion_head import DiffusionHead
-from vistok.nn.mlp import MLP
+from vistok.nn.vit import ViTBlock
 from vistok.nn.windows import window_members
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
-NUM_TIMESTEPS = 1000
 OWN_STEPS = 10
 """Denoising steps of the head for tokens that the model draws itself in training: far fewer than in sampling."""
-
-
-class MARBlock(nn.Module):
-    """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, attn_drop: float, proj_drop: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, drop=proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class MAR(ContinuousGenerator):
@@ -67,7 +49,7 @@ class MAR(ContinuousGenerator):
         buffer_size: number of copies of the class embedding before the tokens.
         mask_rate_min: least share of tokens that is masked in training; the most likely share is 1.
         diffusion_batch_mul: noise levels per token and training step.
-        condition_dropout: share of training samples whose class is dropped, for guidance.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 guidance is refused.
         attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         norm_eps: eps of the transformers' layer norms.
 
@@ -131,7 +113,7 @@ class MAR(ContinuousGenerator):
         self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
         self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
         decoder_dim = decoder_dim or dim
-        make = partial(MARBlock, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
+        make = partial(ViTBlock, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
 
         self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
         self.null_class = nn.Parameter(torch.empty(1, dim))

@@ -18,6 +18,9 @@ from vistok.types import Condition, TokenChunk, TokenSpec
 from vistok.utils.finite import FirstFailure
 from vistok.utils.steps import check_steps
 
+NUM_TIMESTEPS = 1000
+"""Noise levels of the diffusion that the head is trained with."""
+
 
 class MARLike(Protocol):
     """What a session needs of MAR; see there."""
@@ -77,7 +80,7 @@ class MAROptions(GuidanceOptions):
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.step_spacing not in ("even", "stride"):
             raise ValueError(f"step_spacing must be 'even' or 'stride', got {self.step_spacing!r}")
-        self.respace(1000)
+        self.respace(NUM_TIMESTEPS)
 
     def respace(self, num_timesteps: int) -> list[int]:
         """The timesteps that denoising visits."""

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, check_draws, weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.sampling import drawn_ids
+from vistok.generators.base import Generator, check_draws, check_single_ids, weighted_mean
+from vistok.generators.engine.sampling import inverse_cdf_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
@@ -87,23 +86,22 @@ class MaskGIT(Generator):
         proj_drop: float = 0.1,
     ):
         super().__init__()
-        self.spec = AutoregressiveGenerator.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        self.spec = check_single_ids(as_dataclass(TokenSpec, spec), type(self).__name__)
         if network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {network!r}")
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes
         self.label_smoothing, self.mask_id = label_smoothing, self.spec.num_ids
         # Rows of the embedding: the codes, the mask, the classes, the null class.
         self.class_rows_from = self.mask_id + 1
         self.network = NETWORKS[network](
-            self.spec.num_ids + 1 + num_classes + 1,
-            self.spec.length + 1,
-            dim,
-            num_layers,
-            num_heads,
-            mlp_dim or 4 * dim,
-            attn_drop,
-            proj_drop,
+            vocabulary=self.spec.num_ids + 1 + num_classes + 1,
+            length=self.spec.length + 1,
+            dim=dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim or 4 * dim,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
         )
         self.output = nn.Linear(dim, self.spec.num_ids)
         self.apply(_initialise)
@@ -164,7 +162,7 @@ class MaskGIT(Generator):
         """The replaced tokens are masked like the others and drawn from the remaining ones, as in sampling."""
         rows = self.class_rows(self.drop_condition(condition, draws))
         logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
-        return drawn_ids(logits, draws["own"])
+        return inverse_cdf_ids(logits, draws["own"])
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "masked" (B, L) bool: the share of the arccos schedule at a uniform time, at least one

@@ -17,7 +17,7 @@ BERT_EPS, UVIT_EPS = 1e-12, 1e-5
 class PostNormBlock(nn.Module):
     """Attention and feed-forward (exact GELU), each normalised after its residual: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, attn_drop: float, proj_drop: float):
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, attn_drop: float, proj_drop: float):
         super().__init__()
         self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm1 = nn.LayerNorm(dim, BERT_EPS)
@@ -35,6 +35,7 @@ class Bert(nn.Module):
 
     def __init__(
         self,
+        *,
         vocabulary: int,
         length: int,
         dim: int,
@@ -51,7 +52,10 @@ class Bert(nn.Module):
         self.norm = nn.LayerNorm(dim, BERT_EPS)
         self.dropout = nn.Dropout(proj_drop)
         self.blocks = nn.Sequential(
-            *(PostNormBlock(dim, num_heads, mlp_dim, attn_drop, proj_drop) for _ in range(num_layers))
+            *(
+                PostNormBlock(dim, num_heads, mlp_dim, attn_drop=attn_drop, proj_drop=proj_drop)
+                for _ in range(num_layers)
+            )
         )
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -68,6 +72,7 @@ class UViT(nn.Module):
 
     def __init__(
         self,
+        *,
         vocabulary: int,
         length: int,
         dim: int,

@@ -11,8 +11,8 @@ from vistok.checkpoints import CheckpointError, fuse, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
-NETWORKS = {"ViT": "bert", "UViT": "uvit"}
-NAMES = {network: name for name, network in NETWORKS.items()}
+NETWORK_OF = {"ViT": "bert", "UViT": "uvit"}  # by the reference's model_type
+MODEL_TYPE_OF = {network: name for name, network in NETWORK_OF.items()}
 
 _SAMPLING, _TOKENIZER, _RUN = "a setting of sampling", "of the tokenizer", "of the reference's training run"
 WITHOUT_EFFECT = {
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = {
 def config(size: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The reference's config of one of our sizes, for the tokens of the two-stage tokenizers."""
     generator = {
-        "model_type": NAMES[size["network"]],
+        "model_type": MODEL_TYPE_OF[size["network"]],
         "hidden_size": size["dim"],
         "num_hidden_layers": size["num_layers"],
         "num_attention_heads": size["num_heads"],
@@ -62,15 +62,15 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = OfficialConfig(config, WITHOUT_EFFECT)
     kind = given.take("model.generator.model_type", "ViT")
-    if kind not in NETWORKS:
-        raise CheckpointError(f"model.generator.model_type is {kind!r}; known: {', '.join(map(repr, NETWORKS))}")
+    if kind not in NETWORK_OF:
+        raise CheckpointError(f"model.generator.model_type is {kind!r}; known: {', '.join(map(repr, NETWORK_OF))}")
     length = given.take("model.generator.image_seq_len")
     taken = {
         "spec": TokenSpec(
             length, given.take("model.vq_model.codebook_size"), given.take("model.vq_model.token_size", 12)
         ),
         "num_classes": given.take("model.generator.condition_num_classes", 1000),
-        "network": NETWORKS[kind],
+        "network": NETWORK_OF[kind],
         "dim": given.take("model.generator.hidden_size"),
         "num_layers": given.take("model.generator.num_hidden_layers"),
         "num_heads": given.take("model.generator.num_attention_heads"),

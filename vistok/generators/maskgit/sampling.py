@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.generators.engine.sampling import drawn_ids
+from vistok.generators.engine.sampling import inverse_cdf_ids
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
 from vistok.utils.finite import FirstFailure
@@ -150,7 +150,7 @@ class MaskGITSession:
         """Draw all masked tokens and settle the most confident ones, so that ``left`` (B,) remain."""
         masked, temperature = self._masked, self.options.temperature_at(step)
         logits = self._logits(step)
-        ids = drawn_ids(logits / temperature, self._draws["ids"][:, step]) if temperature else logits.argmax(-1)
+        ids = inverse_cdf_ids(logits / temperature, self._draws["ids"][:, step]) if temperature else logits.argmax(-1)
         confidence = logits.gather(-1, ids[..., None]).squeeze(-1)
         if temperature:
             tiny = torch.finfo(torch.float32).tiny

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vistok.generators.engine.cache import KVCache
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone, FlowHead
+from vistok.nn.masks import visible_causal_mask
 from vistok.types import Condition, Expands, TokenSpec
 
 ALWAYS, TEXT, IMAGE = 0, 1, 2
@@ -63,7 +64,11 @@ class MingLike(Protocol):
 
     def check_condition(self, condition: Condition) -> None: ...
 
+    def check_null(self) -> None: ...
+
     def check_ids(self, ids: Tensor) -> None: ...
+
+    def embed_special(self, token: int, rows: int) -> Tensor: ...
 
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
 
@@ -116,7 +121,7 @@ class Context:
         self.cache.reserve(start + count)
         self.visible, self.kinds = torch.cat([self.visible, valid], 1), torch.cat([self.kinds, kinds], 1)
         positions = (self.visible.cumsum(1)[:, start:] - 1).clamp_min(0)
-        return self.model.backbone(x, positions, attention_mask(self.visible, start), self.cache.layers, images)
+        return self.model.backbone(x, positions, visible_causal_mask(self.visible, start), self.cache.layers, images)
 
     def branch(self, hidden: list[Tensor]) -> None:
         """Repeat all sequences, one branch for each of ``hidden`` (rows, length) bool, the entries that it hides."""
@@ -131,14 +136,3 @@ class Context:
         self.cache.choose(first)
         self.visible = torch.cat([visible, self.visible[: self.rows, visible.shape[1] :]], 1)
         self.kinds = self.kinds[: self.rows]
-
-
-def attention_mask(visible: Tensor, start: int) -> Tensor:
-    """The causal mask (R, 1, n, keys) bool of the entries from ``start`` on, over the ``visible`` (R, keys) ones.
-
-    Every entry sees itself, so that no row of the mask is empty.
-    """
-    keys = visible.shape[1]
-    causal = torch.ones(keys - start, keys, dtype=torch.bool, device=visible.device).tril(start)
-    itself = torch.eye(keys, dtype=torch.bool, device=visible.device)[start:]
-    return (causal & visible[:, None] | itself)[:, None]

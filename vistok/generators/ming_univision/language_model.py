@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         vocabulary_size: the least number of ids.
 
     Attributes:
-        sizes: the config.
+        config: the config of the whole model, as JSON values.
         dim: D.
         max_length: the most positions of a context, limited by positions and attention spans of the model.
         cache_sizes: layers, key and value heads, and channels of a head.
@@ -53,10 +53,10 @@ class LanguageModel(nn.Module):
         model.eval()
         if model.get_input_embeddings().num_embeddings < vocabulary_size:
             model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
-        sizes = model.config.get_text_config()
-        self.sizes: dict[str, Any] = model.config.to_dict()
-        self.dim: int = sizes.hidden_size
-        reaches = [getattr(sizes, name, None) for name in REACHES]
+        text = model.config.get_text_config()
+        self.config: dict[str, Any] = model.config.to_dict()
+        self.dim: int = text.hidden_size
+        reaches = [getattr(text, name, None) for name in REACHES]
         self.max_length: int = min((reach for reach in reaches if reach), default=DEFAULT_LENGTH)
         count = max(HIDDEN + 3, min(PROBED, self.max_length))
         ids = torch.arange(count, device=model.device)[None] % vocabulary_size
@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
             self.layers.set_input_embeddings(None)
             parameters = inspect.signature(type(self.layers).forward).parameters
             self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # of older transformers
-            self.cache_sizes = self._cache_sizes(sizes.num_hidden_layers, x)
+            self.cache_sizes = self._cache_sizes(text.num_hidden_layers, x)
             logits = self._in_steps(x, output)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
             raise ValueError(f"{_name(source)} {NO_BACKBONE} ({error})") from error

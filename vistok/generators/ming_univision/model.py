@@ -76,7 +76,8 @@ class MingUniVision(Understanding):
             whose weights it starts from. In a saved model, its config.
         head: the network that generates latents.
         num_projection_layers: linear layers between features and the language model.
-        condition_dropout: share of the samples that are trained without their text, half of them without an image too.
+        condition_dropout: share of the samples that are trained without their text, half of them without an image too,
+            for guidance; with 0 guidance is refused.
         end_weight: weight of the loss of the special id after an image.
         text_weight: weight of the loss of text and special ids, for training on streams.
         latent_mean, latent_scale: the statistics with which its tokenizer standardises latents; a tokenizer with others
@@ -159,7 +160,7 @@ class MingUniVision(Understanding):
         size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
         model = None if language_model is None else LanguageModel(language_model, size)
         if model is not None:
-            self._arguments["language_model"] = model.sizes  # its weights belong to this model from now on
+            self._arguments["language_model"] = model.config  # its weights belong to this model from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
         for name, mark in [*zip(marks, ids), *(("human", i) for i in human), *(("assistant", i) for i in assistant)]:
@@ -323,10 +324,8 @@ class MingUniVision(Understanding):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MingSession:
-        self.check_tokenizer(tokenizer)
-        tokenizer = self.needed_tokenizer(tokenizer)
-        noise = noise_of(draws)
         session = self.converse(len(condition), options, tokenizer=tokenizer)
+        noise = noise_of(draws)
         session.ask(condition)
         session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), noise)
         return session

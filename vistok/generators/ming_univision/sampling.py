@@ -123,7 +123,7 @@ class MingSession:
             context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
             context.kinds[:, self._reply :] = IMAGE
         if is_open:
-            context.read(self._mark(model.image_end, context.rows))
+            context.read(model.embed_special(model.image_end, context.rows))
         if prompt.embeddings.shape[1]:
             self.hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)[:, -1]
         self._reply = len(context)
@@ -157,11 +157,13 @@ class MingSession:
                 from their kinds.
 
         Raises:
-            ValueError: no room for the image, or noise of another shape.
+            ValueError: no room for the image, noise of another shape, or guidance of a model without a null condition.
         """
+        if guidance.is_on:
+            self.model.check_null()
         model, context, weight = self.model, self.context, self.model.output.weight
         self._check_rows(len(noise), "noise")
-        if noise.shape[1] < model.spec.length or noise.shape[2:] != (model.spec.dim,):
+        if noise.shape[1:] != (model.spec.length, model.spec.dim):
             raise ValueError(
                 f"noise must be (B, {model.spec.length}, {model.spec.dim}), got {tuple(noise.shape)}; sampling_draws "
                 "makes it"
@@ -175,17 +177,7 @@ class MingSession:
         self._expander: Expander = self._tokenizer.expander()
         self.tokens, self._length = weight.new_zeros(context.rows, 0, model.spec.dim), model.spec.length
         self._read = 0
-        self.hidden = context.read(self._mark(model.image_start, len(context.visible)))[:, -1]
-
-    @torch.no_grad()
-    def turn(self, condition: Condition, noise: Tensor) -> None:
-        """Read another user turn and begin another image.
-
-        Args:
-            noise: as in ``begin_image``.
-        """
-        self.ask(condition)
-        self.begin_image(self.options.guidance(has_image=self.has_image), noise)
+        self.hidden = context.read(model.embed_special(model.image_start, len(context.visible)))[:, -1]
 
     @property
     def has_image(self) -> bool:
@@ -209,7 +201,7 @@ class MingSession:
         return self.tokens
 
     @torch.no_grad()
-    def show(self, tokens: Tensor) -> None:
+    def append_image(self, tokens: Tensor) -> None:
         """Append given latents (B, L, C) as the model's reply.
 
         Raises:
@@ -229,10 +221,6 @@ class MingSession:
         for part in parts:
             hidden = hidden | (self.context.kinds == KINDS[part])
         return hidden
-
-    def _mark(self, mark: int, rows: int) -> Tensor:
-        """(rows, 1, D), the embedding of a special id."""
-        return self.model.embedding.weight[mark].expand(rows, 1, -1)
 
     @torch.no_grad()
     def append(self, tokens: Tensor) -> None:
@@ -319,7 +307,7 @@ class MingSession:
         return self.model.output(self.hidden).float()
 
     @torch.no_grad()
-    def tell(self, ids: Tensor) -> Tensor:
+    def append_text(self, ids: Tensor) -> Tensor:
         """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id.
 
         Raises:

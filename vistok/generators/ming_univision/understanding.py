@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from vistok.data.streams import IMAGE_KIND, Streams
 from vistok.draws import Draws
 from vistok.generators.engine.continuous import ContinuousGenerator
-from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Prompt, attention_mask
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Prompt
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone
 from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
+from vistok.nn.masks import visible_causal_mask
 from vistok.types import Condition, Expands
 
 
@@ -116,9 +117,9 @@ class Understanding(ContinuousGenerator):
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
-                (self._mark(self.image_start, rows), ends, False),
+                (self.embed_special(self.image_start, rows), ends, False),
                 (features, valid, True),
-                (self._mark(self.image_end, rows), ends, False),
+                (self.embed_special(self.image_end, rows), ends, False),
             ):
                 kinds = torch.full(where.shape, IMAGE, device=device)
                 parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
@@ -136,8 +137,9 @@ class Understanding(ContinuousGenerator):
             )
         return Prompt.cat([*parts, self._fixed(self.assistant, rows, device)])
 
-    def _mark(self, mark: int, rows: int) -> Tensor:
-        return self.embedding.weight[mark].expand(rows, 1, -1)
+    def embed_special(self, token: int, rows: int) -> Tensor:
+        """(rows, 1, D), the embedding of a special id."""
+        return self.embedding.weight[token].expand(rows, 1, -1)
 
     def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
         """The prompt of ids (n,) that all rows have and always see."""
@@ -149,7 +151,7 @@ class Understanding(ContinuousGenerator):
     def logits(self, prompt: Prompt) -> Tensor:
         """Logits (B, n, V) of the id after each entry of a prompt, in one pass."""
         positions = (prompt.valid.cumsum(1) - 1).clamp_min(0)
-        hidden = self.backbone(prompt.embeddings, positions, attention_mask(prompt.valid, 0), images=prompt.images)
+        hidden = self.backbone(prompt.embeddings, positions, visible_causal_mask(prompt.valid), images=prompt.images)
         return self.output(hidden).float()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Understanding(ContinuousGenerator):
             drop: (B,) uniform; rows below ``condition_dropout`` hide their text, those below half of it also the image.
         """
         rows, start = prompt.valid.shape
-        own = torch.cat([self._mark(self.image_start, rows), image], 1)
+        own = torch.cat([self.embed_special(self.image_start, rows), image], 1)
         new = prompt.valid.new_ones(own.shape[:2])
         x, valid = torch.cat([prompt.embeddings, own], 1), torch.cat([prompt.valid, new], 1)
         kinds = torch.cat([prompt.kinds, torch.full_like(new, ALWAYS, dtype=torch.int64)], 1)
@@ -188,7 +190,7 @@ class Understanding(ContinuousGenerator):
                 left = left & ~(dropped & (kinds == kind))
         # As in sampling, entries before the response see everything. The response does not see the hidden entries, and
         # its positions continue as if they were absent.
-        mask = attention_mask(valid, 0).where(~response[:, None, :, None], attention_mask(left, 0))
+        mask = visible_causal_mask(valid).where(~response[:, None, :, None], visible_causal_mask(left))
         positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
         return self.backbone(x, positions.clamp_min(0), mask, images=images)
 

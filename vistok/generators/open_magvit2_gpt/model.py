@@ -17,7 +17,7 @@ from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.weights import second_stage
 from vistok.draws import Draws
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.sampling import drawn_ids
+from vistok.generators.engine.sampling import inverse_cdf_ids
 from vistok.generators.llama import Llama
 from vistok.generators.open_magvit2_gpt import official
 from vistok.generators.open_magvit2_gpt.sampling import SubTokenOptions
@@ -142,8 +142,7 @@ class OpenMAGVIT2GPT(Llama):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        cls.refuse_parts(spec, "labels")
-        return {"num_classes": spec.num_classes}
+        return super(Llama, cls).condition_arguments(spec)  # of class labels alone, unlike Llama
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """Raise ValueError: the compiled step draws whole ids."""
@@ -188,7 +187,7 @@ class OpenMAGVIT2GPT(Llama):
         hidden, parts = self._hidden(tokens, self.drop_condition(condition, draws)), list[Tensor]()
         for uniforms in draws["own"].unbind(-1):  # each sub-token is drawn given the model's own earlier ones
             (logits,) = self._intra_logits(hidden, parts, first=len(parts))
-            parts.append(drawn_ids(logits, uniforms))
+            parts.append(inverse_cdf_ids(logits, uniforms))
         return self.join_ids(parts)
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:

@@ -120,7 +120,6 @@ class RandAR(QueryGenerator):
         self.position_order, self.condition_dropout = position_order, condition_dropout
         self.num_classes, self.num_heads, self.rope_base = num_classes or None, num_heads, rope_base
         self.position_kind = positions
-        self.has_null = condition_dropout > 0 or not num_classes
         self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.position_instruction = nn.Parameter(torch.randn(1, dim) * 0.02)

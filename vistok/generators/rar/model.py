@@ -17,17 +17,17 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
-from vistok.generators.base import token_loss
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
+from vistok.generators.engine.autoregressive import OrderedEntries
 from vistok.generators.engine.cache import CachedLayers, of_layers
-from vistok.generators.engine.plan import in_order, in_places
+from vistok.generators.engine.orders import OrderedGenerator
+from vistok.generators.engine.plan import in_order
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import RARBlock
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation
 from vistok.nn.rotary import Positions
-from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072},
@@ -40,7 +40,7 @@ SPARE_PLACES, SPARE_SLOTS = 1024, 100
 others are unused."""
 
 
-class RAR(AutoregressiveGenerator):
+class RAR(OrderedGenerator):
     """A causal transformer over [start token, class, image tokens], modulated by the class.
 
     ``training_draws`` chooses an order for each training sequence: a random permutation with a probability that is 1
@@ -111,7 +111,6 @@ class RAR(AutoregressiveGenerator):
             )
         self.random_until, self.raster_from = random_until, raster_from
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         length = self.spec.length
         # Rows: the codes, an unused mask, the classes, the null class.
         self.class_rows_from = self.spec.num_ids + 1
@@ -171,14 +170,8 @@ class RAR(AutoregressiveGenerator):
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(hidden).float()
 
-    def logits(self, ids: Tensor, condition: Condition, orders: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits (B, L, V): the i-th one predicts the i-th token in order.
-
-        Args:
-            ids: (B, L) in raster order.
-            orders: (B, L), the raster positions of the tokens in order; None is raster order.
-        """
-        return self.logits_in_order(*in_order(ids, orders), condition)[:, :-1]
+    def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
+        return self.logits_in_order(ids, orders, condition)[:, :-1]
 
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
         """Logits (B, L + 1, V) of ids (B, L) that are already in order; the last position predicts nothing."""
@@ -186,35 +179,6 @@ class RAR(AutoregressiveGenerator):
         x = torch.cat([self.embed_condition(condition, orders[:, :1]), self.embed_tokens(ids, orders, upcoming)], 1)
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
-
-    def forward(
-        self,
-        tokens: Tensor,
-        condition: Condition,
-        *,
-        draws: Draws | None = None,
-        weights: Tensor | None = None,
-        clock: Clock | None = None,
-        tokenizer: Expands | None = None,
-        context: Tensor | None = None,
-    ) -> GeneratorOutput:
-        """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
-
-        Raises:
-            ValueError: an order that is no permutation.
-        """
-        self.check_tokenizer(tokenizer)
-        draws = draws or {}
-        condition = self.drop_condition(condition, draws)
-        orders = draws.get("order")
-        fed, _ = in_order(tokens if context is None else context, orders)
-        tokens, orders = in_order(tokens, orders)
-        logits = self.logits_in_order(fed, orders, condition)[:, :-1]
-        return token_loss(logits, tokens, weights)
-
-    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
-        ids, orders = in_order(tokens, draws.get("order"))
-        return in_places(self.logits_in_order(ids, orders, condition)[:, :-1], orders)
 
     def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
         ids, orders = in_order(ids, draws.get("order"))
@@ -226,7 +190,9 @@ class RAR(AutoregressiveGenerator):
         """The probability of a random order at optimisation step ``step``."""
         if step >= self.raster_from:
             return 0.0
-        return min(1.0, 1 - (step - self.random_until) / (self.raster_from - self.random_until))
+        if step < self.random_until:  # before the division: the two steps may be equal
+            return 1.0
+        return 1 - (step - self.random_until) / (self.raster_from - self.random_until)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the raster positions of the tokens in the order of each sample."""

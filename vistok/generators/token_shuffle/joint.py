@@ -16,6 +16,7 @@ from vistok.data.streams import IMAGE_KIND, KINDS, TEXT_KIND, Streams
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.nn.attention import Mask
+from vistok.nn.masks import visible_causal_mask
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
 from vistok.utils.finite import check_finite
@@ -57,7 +58,7 @@ def stream_losses(
     """
     check(model, streams)
     valid = streams.mask & ~left_out(streams, drop, model.condition_dropout)
-    hidden = model.transform(model.embed_joint(streams.ids), positions_of(valid), causal(valid), None)
+    hidden = model.transform(model.embed_joint(streams.ids), positions_of(valid), visible_causal_mask(valid), None)
     places = torch.arange(valid.shape[1], device=valid.device)
     before = torch.where(valid, places, 0).cummax(1).values  # the last valid entry up to each
     learned = streams.in_loss & valid & (places > 0)
@@ -107,14 +108,6 @@ def positions_of(valid: Tensor) -> Tensor:
     return (valid.cumsum(1) - 1).clamp_min(0)
 
 
-def causal(valid: Tensor, new: int | None = None) -> Tensor:
-    """The causal mask (B, 1, new, N) of the last ``new`` entries (None: all), hiding entries that are not ``valid``
-    (B, N); each entry sees itself."""
-    places = torch.arange(valid.shape[1], device=valid.device)
-    offset = (places[:, None] - places)[-new if new else 0 :]
-    return (offset > 0) & valid[:, None, None] | (offset == 0)
-
-
 @torch.no_grad()
 def write(model: TokenShuffleLike, condition: Condition, max_tokens: int) -> Tensor:
     """Describe given images, optionally as the answer to a text: greedy text ids (B, n), padded with the end token.
@@ -135,8 +128,8 @@ def write(model: TokenShuffleLike, condition: Condition, max_tokens: int) -> Ten
     cache, end = model.new_cache(rows, ids.shape[1] + max_tokens), vocabulary.special("end")
     said, ended, new = ids.new_zeros(rows, 0), ~there[:, 0], ids.shape[1]
     while said.shape[1] < max_tokens and not bool(ended.all()):
-        places = positions_of(valid)[:, -new:]
-        hidden = model.transform(model.embed_joint(ids[:, -new:]), places, causal(valid, new), cache.layers)
+        places, mask = positions_of(valid)[:, -new:], visible_causal_mask(valid, valid.shape[1] - new)
+        hidden = model.transform(model.embed_joint(ids[:, -new:]), places, mask, cache.layers)
         logits = check_finite(model.head(hidden[:, -1:]), "logits", hidden.dtype)[:, 0]
         words = torch.cat([logits[:, : vocabulary.text_size], logits[:, end, None]], 1).argmax(-1)
         word = torch.where(ended | (words == vocabulary.text_size), end, words)[:, None]

@@ -30,6 +30,7 @@ from vistok.generators.token_shuffle.joint import stream_losses, write
 from vistok.guidance.schedules import ScheduleName
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
+from vistok.nn.masks import prolonged, visible_causal_mask
 from vistok.nn.mlp import MLP, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import FixedRotation, Positions, rotation_table
@@ -118,7 +119,7 @@ class TokenShuffle(AutoregressiveGenerator):
         dim, num_layers, num_heads: width, blocks, heads; s^2 divides dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         num_fusion_blocks, fusion_ratio: residual layers at either end, and their hidden width in units of dim.
-        condition_dropout: share of training samples whose text is dropped, for guidance.
+        condition_dropout: share of training samples whose text is dropped, for guidance; with 0 guidance is refused.
         text_weight: weight of the cross entropy of text and special tokens; 0 trains on images alone.
         writes: a joint model that trains on streams of texts and images, and also writes texts. Its vocabulary has the
             special tokens of streams, its windows hold one token, and its texts are ids.
@@ -280,12 +281,9 @@ class TokenShuffle(AutoregressiveGenerator):
         return parts + ([("ids", self.text.length, self.num_classes or 0)] if self.text else [])
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor:
-        """Causal mask without the text's padding; each position sees itself, so that no row is empty."""
+        """Causal mask without the text's padding."""
         _, valid = self.prefix(condition)
-        visible = F.pad(valid, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
-        queries, keys = (torch.arange(first, stop, device=visible.device) for first in (start, 0))
-        offset = queries[:, None] - keys  # (stop - start, stop)
-        return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
+        return visible_causal_mask(prolonged(valid, stop), start)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Windows

@@ -31,6 +31,7 @@ from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation, modulation
 from vistok.nn.rotary import Positions
+from vistok.quantizers.bsq import correction_draws
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 from vistok.utils.devices import without_autocast
 
@@ -165,7 +166,6 @@ class VAR(AutoregressiveGenerator):
             raise ValueError(f"self_correction is a probability in [0, 1], got {self_correction}")
         self.self_correction, self.reads_latents = self_correction, self_correction > 0
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         self.label_smoothing = label_smoothing
         self.progressive_share, self.progressive_from = progressive_share, progressive_from
         self.progressive_after, self.stage_warmup = progressive_after, stage_warmup
@@ -284,11 +284,10 @@ class VAR(AutoregressiveGenerator):
     # Training
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; with self-correction also "flips" (B, L, D) and "strengths" (B, S) uniform."""
+        """ "drop" (B,) uniform; with self-correction also those of ``correction_draws``."""
         draws = super().training_draws(keys)
         if self.self_correction:
-            draws["flips"] = keys.uniform("flips", self.spec.length, self.spec.dim)
-            draws["strengths"] = keys.uniform("strengths", len(self.scale_sizes))
+            draws |= correction_draws(keys, self.spec.length, self.spec.dim, len(self.scale_sizes))
         return draws
 
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:

@@ -62,11 +62,11 @@ class LayoutConfig:
             case "token":
                 return cells(grid, (1, 1))
             case "cell":
-                return cells(grid, _pair(self.size, one_row))
+                return cells(grid, _pair(self.size, one_row=one_row))
             case "subsample":
-                return subsamples(grid, _pair(self.size, one_row))
+                return subsamples(grid, _pair(self.size, one_row=one_row))
             case "scale":
-                return pyramid(grid, tuple(_pair(side, one_row) for side in self.scales))
+                return pyramid(grid, tuple(_pair(side, one_row=one_row) for side in self.scales))
             case "image":
                 return cells(grid, grid)
 
@@ -109,10 +109,8 @@ class EntityLayout:
         return torch.repeat_interleave(torch.tensor(self.sizes))
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Block-causal mask (stop - start, stop) bool, True where attention is allowed: the positions [start, stop) see
-        their own entity and all earlier ones."""
-        entities = self.entity_of[:stop]
-        return entities[start:, None] >= entities[None, :]
+        """The ``block_causal_mask`` of the positions [start, stop)."""
+        return block_causal_mask(self.entity_of[:stop], start)
 
     def to_sequence(self, latents: Tensor) -> Tensor:
         """Latents (B, h * w, D) in raster order to the sequence (B, N, D).
@@ -179,6 +177,12 @@ def pyramid(grid: Grid, scales: tuple[Grid, ...]) -> EntityLayout:
     return EntityLayout(grid, tuple(map(math.prod, scales)), torch.cat(coordinates), scales=scales)
 
 
+def block_causal_mask(entity_of: Tensor, start: int = 0) -> Tensor:
+    """Bool (n - start, n), True where attention is allowed: of positions in the entities ``entity_of`` (n,), those from
+    ``start`` on see their own entity and all earlier ones."""
+    return entity_of[start:, None] >= entity_of[None, :]
+
+
 def _partition(grid: Grid, entities: Tensor) -> EntityLayout:
     """The layout of raster indices (E, n), one row per entity."""
     permutation = entities.flatten()
@@ -195,5 +199,5 @@ def _divide(grid: Grid, size: Grid, what: str) -> Grid:
     return grid[0] // size[0], grid[1] // size[1]
 
 
-def _pair(size: int | tuple[int, int], one_row: bool = False) -> Grid:
+def _pair(size: int | tuple[int, int], *, one_row: bool = False) -> Grid:
     return (1 if one_row else size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

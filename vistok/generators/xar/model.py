@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from vistok.flow import TimeSampling
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import KVCache
 from vistok.generators.engine.continuous import ContinuousGenerator
-from vistok.generators.xar.layouts import EntityLayout, LayoutConfig
+from vistok.generators.xar.layouts import EntityLayout, LayoutConfig, block_causal_mask
 from vistok.generators.xar.sampling import PATH, XAROptions, XARSession
 from vistok.nn.attention import Attention, LayerCache
 from vistok.nn.containers import ModuleList
@@ -106,13 +106,15 @@ class XAR(ContinuousGenerator):
         num_encoder_layers, num_decoder_layers: blocks before and after the second position embedding.
         mlp_ratio: hidden width of the feed-forward, in units of two thirds of dim.
         layout: the entity that is predicted next, and its size.
-        condition_dropout: share of training samples whose class is dropped, for guidance.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 guidance is refused.
         attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         rope_base: base of the rotary frequencies.
 
     Raises:
         ValueError: discrete tokens, or a layout that does not fit their grid.
     """
+
+    entity_of: Tensor
 
     registry_name = "xar"
     only_next = "it predicts velocities of latents, and these have no cross entropy"
@@ -151,6 +153,7 @@ class XAR(ContinuousGenerator):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.layout = as_dataclass(LayoutConfig, layout).build(self.spec)
+        self.register_buffer("entity_of", self.layout.entity_of, persistent=False)  # (N,), the entity of each position
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
         self.attn_drop = attn_drop
         self.class_embedding = nn.Embedding(num_classes + 1, dim)  # the last is the null class
@@ -203,7 +206,7 @@ class XAR(ContinuousGenerator):
         start, stop = bounds[entities.start], bounds[entities.stop]
         sizes = self.layout.sizes[entities.start : entities.stop]
         even = len(set(sizes)) == 1
-        spread = None if even else _entity_of(self.layout, start, stop, noisy.device) - entities.start
+        spread = None if even else self.entity_of[start:stop] - entities.start
         condition = classes[:, None] + self.embed_times(times)
         shared = (condition, spread, self.rotation(slice(start, stop)), self._mask(entities, noisy.device))
         memories = iter(cache.layers if cache else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks)))
@@ -230,8 +233,8 @@ class XAR(ContinuousGenerator):
         wide = self.encoder_blocks[0].attn.head_dim >= FEWEST_CHANNELS
         if device.type == "cuda" and wide and entities.start == 0 and not dropout:
             return _flex_mask(self.layout, len(entities), device)
-        bounds = self.layout.bounds
-        return _dense_mask(self.layout, bounds[entities.start], bounds[entities.stop], device)
+        start, stop = self.layout.bounds[entities.start], self.layout.bounds[entities.stop]
+        return block_causal_mask(self.entity_of[:stop], start)
 
     def forward(
         self,
@@ -270,9 +273,8 @@ class XAR(ContinuousGenerator):
 
     def _all_of_entity(self, values: Tensor) -> Tensor:
         """(B, N) bool, True at the positions of entities whose values (B, N) are all True."""
-        entity = _entity_of(self.layout, 0, self.layout.length, values.device)
         wrong = torch.zeros(len(values), self.layout.num_entities, device=values.device)
-        return wrong.index_add(1, entity, (~values).float())[:, entity] == 0
+        return wrong.index_add(1, self.entity_of, (~values).float())[:, self.entity_of] == 0
 
     @property
     def context_shape(self) -> tuple[int, ...]:
@@ -284,8 +286,7 @@ class XAR(ContinuousGenerator):
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
         """Whole entities are replaced, but never the last, which is no entity's context."""
-        entity = _entity_of(self.layout, 0, self.layout.length, uniforms.device)
-        return (uniforms[:, entity] < share) & (entity < self.layout.num_entities - 1)
+        return (uniforms[:, self.entity_of] < share) & (self.entity_of < self.layout.num_entities - 1)
 
     def own_tokens(
         self,
@@ -299,12 +300,12 @@ class XAR(ContinuousGenerator):
         noise, times = draws["noise"], draws["time"]
         noisy = self.noisy(self.context_of(tokens), noise, times)
         velocity = self.velocity(noisy, times, self.drop_condition(condition, draws))
-        levels = times[:, _entity_of(self.layout, 0, self.layout.length, times.device)]
+        levels = times[:, self.entity_of]
         return PATH.data_estimate(noisy.flatten(0, 1), velocity.flatten(0, 1), levels.flatten()).view_as(noisy)
 
     def noisy(self, sequence: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """A sequence (B, N, D) with noise at the level times (B, E) of each entity."""
-        levels = times[:, _entity_of(self.layout, 0, self.layout.length, times.device)]  # (B, N)
+        levels = times[:, self.entity_of]  # (B, N)
         return PATH.interpolate(sequence.flatten(0, 1), noise.flatten(0, 1), levels.flatten()).view_as(sequence)
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -403,17 +404,13 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-@lru_cache(maxsize=8)
+_flex_masks: WeakKeyDictionary[EntityLayout, dict[tuple[int, torch.device], FlexMask]] = WeakKeyDictionary()
+
+
 def _flex_mask(layout: EntityLayout, entities: int, device: torch.device) -> FlexMask:
-    return block_causal(layout.entity_of[: layout.bounds[entities]].to(device))
-
-
-# Cached, because a copy to the device synchronises with it.
-@lru_cache(maxsize=32)
-def _entity_of(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
-    return layout.entity_of[start:stop].to(device)
-
-
-@lru_cache(maxsize=32)
-def _dense_mask(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
-    return layout.mask(start, stop).to(device)
+    """The mask of the first entities. It takes several operations, so it is kept for as long as its layout. It is no
+    attribute of the model, whose copies and pickles must do without it."""
+    masks = _flex_masks.setdefault(layout, {})
+    if (entities, device) not in masks:
+        masks[entities, device] = block_causal(layout.entity_of[: layout.bounds[entities]].to(device))
+    return masks[entities, device]

@@ -1,8 +1,8 @@
 """D-AR's tokenizer: groups of ordered ids, each of which drives one step of a flow model in pixel space.
 
 Paper: D-AR: Diffusion via Autoregressive Models (Gao & Shou, arXiv 2505.23660, ICLR 2026). Official weights and
-conventions: github.com/showlab/D-AR. Generating the ids in order is running the diffusion; after every group the
-straight line to the data end of the path is a preview.
+conventions: github.com/showlab/D-AR. As ids are generated in order, each complete group allows further flow steps; the
+straight line from there to the data end of the path is a preview.
 """
 
 from __future__ import annotations
@@ -47,42 +47,43 @@ Solver = Literal["adams_bashforth2", "euler"]
 
 
 class DAR(Tokenizer):
-    """Images to ordered ids, of which any number of whole first groups decodes.
+    """Images to ordered ids; any prefix of whole groups decodes.
 
     Args:
-        image_size: side of the images, or (height, width); other multiples of the patches work too.
+        image_size: side of the images, or (height, width); other multiples of the patch sizes work too.
         in_channels: 3, or 1 for grey images.
         encoder_patch_size: side of the encoder's patches.
         encoder_dim, num_encoder_layers: width and blocks of the query encoder; widths are multiples of 64.
-        decoder_dim, num_decoder_layers: of the causal layers between the codes and the velocity network.
+        decoder_dim, num_decoder_layers: width and blocks of the causal layers between codes and velocity network.
         codebook_size, codebook_embed_dim: number and channels of the l2-normalised codes.
         codebook_restart_after: see ``VectorQuantizer``.
-        entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
+        entropy_temperature: softmax temperature of the "entropy" loss term; None leaves the term out.
         num_tokens: ids N of an image.
         num_groups, group_size: the G groups of Q ids; group i conditions times around i / G. It begins at token
-            i N / G, or at the last from which Q are left: neighbours share tokens where Q is more than N / G.
-        query_rank: inner width of the learned queries' table; None learns them at full width.
+            i N / G, but not later than N - Q. Neighbouring groups share tokens if Q is more than N / G.
+        query_rank: rank of the factorised table of queries; None learns the queries at full width.
         max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
         rope_base: of the encoder's rotary positions.
-        gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to
-            the image at first; short runs start at 1.
-        position_std: deviation of the initial positions of tokens. The paper's leaves the causal layers little to tell
-            one token from another by; short runs start at 0.5.
-        absolute_positions: add learned positions to the patches of encoder and velocity network. Released models do
-            without: a patch attends to the tokens of a group from where it is. But one token looks the same from
-            everywhere, so groups of one need this; and the encoder learns sooner what lies where.
+        gate_init: initial gates of the blocks of encoder and causal layers. With 0, as in the paper, tokens do not
+            depend on the image at first; 1 suits short runs.
+        position_std: standard deviation of the initial positions of tokens. With 0.02, as in the paper, tokens hardly
+            differ for the causal layers at first; 0.5 suits short runs.
+        absolute_positions: add learned positions to the patches of encoder and velocity network. Released models have
+            none: in the velocity network a patch's position only rotates its queries over the tokens of a group. A
+            single token looks the same from every position, so groups of one token need this option. With it, the
+            encoder also learns sooner what lies where.
         velocity: the velocity network.
-        data_std: pixels are multiplied by it, so that data and noise are alike in scale.
+        data_std: factor on the pixels, which brings them to the scale of the noise.
         time_shift: sampling and training times t become t / (t + time_shift (1 - t)).
-        num_steps, solver: what ``decode`` does unless it is told otherwise.
-        alignment: head for the "repa" loss, of the input of block 8 (``layer``, counted from 0), for DINOv2-B, with
-            2,048 hidden channels unless it says otherwise; None has none.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
-            Quantizers of growing grids are refused: their ids form no groups.
+        num_steps, solver: defaults of ``decode``.
+        alignment: head for the "repa" loss, on the input of block ``layer`` (counted from 0) of the velocity network.
+            Defaults: layer 8, 768 channels as in DINOv2-B, 2,048 hidden channels. None has no head.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
+            Multi-scale quantizers are refused: their ids form no groups.
 
     Raises:
-        ValueError: sizes that do not divide, or a quantizer of growing grids.
+        ValueError: sizes that do not divide, or a multi-scale quantizer.
     """
 
     registry_name = "dar"
@@ -145,7 +146,7 @@ class DAR(Tokenizer):
                 f"group_size {group_size} must be at least 1, at most num_tokens {num_tokens}, and that at most "
                 f"max_tokens {max_tokens}"
             )
-        # Prefixes of at least one group decode. The whole sequence is one of the multiples of this step, too.
+        # The smallest step of at least one group of which the whole sequence is a multiple.
         step = next(size for size in range(group_size, num_tokens + 1) if num_tokens % size == 0)
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, prefix_step=step)
         self.encoder_patch, self.velocity_patch = encoder_patch_size, velocity.patch_size
@@ -216,9 +217,9 @@ class DAR(Tokenizer):
         return self._spec
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to queries (B, N, d), before quantization.
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, N, d), before quantization.
 
-        Patches see patches; query i sees all patches and queries up to itself.
+        Patches attend to patches; query i attends to all patches and to the queries up to itself.
         """
         self.check_pixels(pixels)
         grid = self._grid((pixels.shape[2], pixels.shape[3]), self.encoder_patch)
@@ -238,20 +239,20 @@ class DAR(Tokenizer):
         return self.quantize(self.latents(pixels))
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); a token depends on no later one."""
+        """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); no token depends on later ones."""
         x = self.post_quant(codes) + self.token_positions.weight[: codes.shape[1]]
         for block in self.decoder:
             x = block(x, causal=True)
         return self.decoder_norm(x)
 
     def group_start(self, t: Tensor) -> Tensor:
-        """The first token of the group that conditions time t in [0, 1], before its shift: the nearest of i / G."""
+        """The first token of the group that conditions time t in [0, 1] (before the shift): i / G is nearest to t."""
         length = self._spec.length
         start = torch.floor(t * self.num_groups + 0.5).long() * length // self.num_groups
         return start.clamp_max(length - self.group_size)
 
     def schedule(self, num_steps: int) -> tuple[list[float], list[int]]:
-        """The shifted times of a trajectory, num_steps + 1 of them, and how many tokens each step needs."""
+        """The num_steps + 1 shifted times of a trajectory, and the number of tokens that each step needs."""
         times = PATH.times(num_steps)
         starts = self.group_start(torch.tensor(times[:-1], dtype=torch.float64)).tolist()
         return [shift_time(t, self.time_shift) for t in times], [start + self.group_size for start in starts]
@@ -267,16 +268,16 @@ class DAR(Tokenizer):
         solver: Solver | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        """The first ids (B, k) of images, k a multiple of the group size, to pixels.
+        """The first ids (B, k) of images to pixels; k is a multiple of ``spec.prefix_step``.
 
-        A prefix takes the steps whose groups it has, and goes from there straight to the data.
+        A prefix takes the steps whose groups are complete, and then follows the straight line to the data.
 
         Args:
             lengths: (B,) how many of its k ids each image uses; None takes all.
-            num_steps: steps of a whole image; None takes as many as the model was built with, one per group.
-            solver: "adams_bashforth2" or "euler"; None takes that of the model.
-            draws: from ``decoding_draws``; None takes those of seed 0. "noise" is (B, C, H, W), and its size is that
-                of the images.
+            num_steps: steps of a whole image; None takes the model's ``num_steps``.
+            solver: "adams_bashforth2" or "euler"; None takes the model's ``solver``.
+            draws: from ``decoding_draws``; None takes those of seed 0. "noise" (B, C, H, W) sets the size of the
+                images.
 
         Raises:
             ValueError: a wrong number of ids or steps, or ids out of range.
@@ -300,7 +301,7 @@ class DAR(Tokenizer):
         solver: Solver | None = None,
         draws: Draws | None = None,
     ) -> Iterator[Tensor]:
-        """As ``decode``, but yields the preview after every step; the last one is what it gives."""
+        """As ``decode``, but yields the preview after every step; the last one is the result of ``decode``."""
         self.check_condition(condition)
         lengths = self._spec.prefix_lengths(tokens, lengths)[:, None, None, None]
         trajectory = Trajectory(self, len(tokens), num_steps=num_steps, solver=solver, draws=draws)
@@ -313,8 +314,8 @@ class DAR(Tokenizer):
     def prefix_decoder(
         self, draws: Draws | None = None, *, condition: Condition | None = None
     ) -> Callable[[Tensor], Tensor]:
-        """See ``Tokenizer.prefix_decoder``. Each call goes on where the last one stopped, so that the previews of a
-        whole image cost as many evaluations of the network as the image."""
+        """See ``Tokenizer.prefix_decoder``. Each call continues where the last one stopped, so that all previews of an
+        image together cost as many network evaluations as the image alone."""
         self.check_condition(condition)
         trajectory: Trajectory | None = None
         image: Tensor | None = None
@@ -349,11 +350,10 @@ class DAR(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """One random time per image: the term "flow" (B,) is the squared error of the velocity there, relative to the
-        variance of the data; the reconstruction is the straight line from there to the data.
+        """Train at one random time per image. The term "flow" (B,) is the mean squared error of the velocity, divided
+        by the variance of the data; the reconstruction follows the straight line from that time to the data.
 
-        The terms of the quantizer are means over the tokens up to the group of each image's time, the last
-        that has been used.
+        The quantizer's terms are means over the tokens up to the end of the group that the time uses.
 
         Raises:
             ValueError: no draws: a flow model cannot be trained without noise.
@@ -394,7 +394,7 @@ class DAR(Tokenizer):
 
 
 class Trajectory:
-    """Images on their way from noise to data, taking each step when the tokens that it needs are there.
+    """Images on their way from noise to data. A step is taken once the tokens that it needs are known.
 
     Args:
         model: the tokenizer.
@@ -421,10 +421,10 @@ class Trajectory:
         self._embedded = noise.new_empty(0)  # of the tokens so far
 
     def advance(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Take all steps that the ids (B, k) allow; they begin with those of earlier calls.
+        """Take all steps that the ids (B, k) allow. The ids must begin with those of earlier calls.
 
         Yields:
-            after each step, how many ids it needs, and pixels (B, C, H, W): the straight line from there to the data.
+            after each step, the number of ids that it needs, and its preview, pixels (B, C, H, W).
         """
         codes = self.model.quantizer.ids_to_latents(tokens).to(self.model.dtype)
         self._embedded = self.model.embed_codes(codes)
@@ -441,5 +441,5 @@ class Trajectory:
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of per-token values (B, N) where the mask is True; a value without tokens stays."""
+    """Mean of per-token values (B, N) where the mask is True; a scalar is returned unchanged."""
     return values if values.ndim == 0 else (values * mask).sum() / share_of_group(mask.sum().to(values))

@@ -24,21 +24,21 @@ from vistok.nn.timesteps import TimestepEmbedding
 HEAD_DIM = 64
 RELEASED_WIDTH = 768
 ROPE_BASE = 10000.0
-ALIGNED_GRID = 16  # features are pooled to this many patches a side, the raster of the frozen encoder
+ALIGNED_GRID = 16  # patches per side of the frozen encoder's raster, to which features are pooled
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
 
 
 def heads_of(dim: int) -> int:
-    """The number of heads of a width, each of 64 channels; ValueError if they do not divide it."""
+    """The number of heads of 64 channels in a width; ValueError if 64 does not divide it."""
     if dim % HEAD_DIM:
         raise ValueError(f"D-AR's heads have {HEAD_DIM} channels: widths must be multiples of that, got {dim}")
     return dim // HEAD_DIM
 
 
 class GridRotation(nn.Module):
-    """Rotary tables of a raster, row and column in one half of the channels each, followed by ``extra`` positions that
-    do not rotate. The table of one grid is kept; those of others are made when asked for."""
+    """Rotary tables of a raster, with half of the channels for rows and half for columns, followed by ``extra``
+    positions without rotation. The table of ``grid`` is stored; those of other grids are computed on demand."""
 
     def __init__(self, grid: tuple[int, int], extra: int = 0, *, base: float = ROPE_BASE):
         super().__init__()
@@ -74,11 +74,11 @@ class DARBlock(nn.Module):
 
 
 class GridPositions(nn.Module):
-    """Learned positions (P, D) of a raster; those of other rasters are interpolated."""
+    """Learned positions (P, D) of a raster, interpolated for other rasters."""
 
     def __init__(self, grid: tuple[int, int], dim: int):
         super().__init__()
-        # As strong as the patches, and independent: the smooth tables of sines hardly differ over so few patches.
+        # On the scale of the patches, and independent: sine tables are smooth and hardly differ over few patches.
         self.table = nn.Parameter(0.7 * torch.randn(dim, *grid))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
@@ -90,7 +90,7 @@ class GridPositions(nn.Module):
 
 @dataclass(frozen=True)
 class VelocityConfig:
-    """The velocity network.
+    """Config of the velocity network.
 
     Attributes:
         dim, num_layers: width and number of blocks.
@@ -115,8 +115,8 @@ class VelocityConfig:
 class VelocityBlock(nn.Module):
     """Self-attention and feed-forward of patches (B, P, D), modulated patch by patch.
 
-    Time and tokens reach the patches through the modulation alone: each patch attends to the tokens, and shifts,
-    scales and gates follow from what it gets plus the time embedding.
+    Time and tokens enter only through the modulation: each patch attends to the tokens; shifts, scales and gates are
+    computed from the result plus the time embedding.
     """
 
     def __init__(self, config: VelocityConfig):
@@ -150,8 +150,8 @@ class VelocityNetwork(nn.Module):
         config: the network.
         in_channels: C.
         cond_dim: Dc.
-        grid: patches of the usual image; other sizes work too.
-        alignment: the training-only head, for the input of block ``layer``, counted from 0; None has none.
+        grid: (h, w) patches of an image of the usual size; other sizes work too.
+        alignment: the training-only head, on the input of block ``layer``, counted from 0; None has no head.
         absolute_positions: add learned positions to the patches.
     """
 
@@ -186,7 +186,7 @@ class VelocityNetwork(nn.Module):
             self.alignment_head = AlignmentHead.of(dim, alignment)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
-        """The velocity, data - noise, at noisy pixels and times (B,), or (1,) for all; time 0 is noise.
+        """The velocity, data - noise, at noisy pixels (B, C, H, W) and times (B,), or (1,) for all; time 0 is noise.
 
         Args:
             align: compute the features for alignment too.
@@ -211,20 +211,21 @@ class VelocityNetwork(nn.Module):
 
 
 def time_embedding(dim: int) -> TimestepEmbedding:
-    """Embeds times in thousandths."""
+    """An embedding of times in thousandths, 0 to 1000."""
     return TimestepEmbedding(dim, dim)
 
 
 def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches (B, P, D) averaged to a raster of 16 a side, or left as they are where there are fewer."""
+    """Patches (B, P, D) averaged to a raster of 16 per side; smaller rasters are left as they are."""
     kernel = max(grid[0] // ALIGNED_GRID, 1)
     maps = F.avg_pool2d(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), kernel)
     return rearrange(maps, "b d h w -> b (h w) d")
 
 
 def _initialise(module: nn.Module, dim: int) -> None:
-    """Deviation 0.02 at the released width, and at others what keeps the scale of the signal. At 128 channels 0.02
-    would shrink the signal in every layer, and the velocity would depend on the tokens after long training only."""
+    """Initialise linear layers with standard deviation 0.02 at the released width, and at other widths such that the
+    signal keeps its scale. At 128 channels, 0.02 would shrink the signal in every layer, and the velocity would not
+    depend on the tokens until late in training."""
     std = 0.02 * math.sqrt(RELEASED_WIDTH / dim)
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -13,7 +13,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.tokenizers.dar.networks import ROPE_BASE
 
 WITHOUT_EFFECT: dict[str, str] = {}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 V1 = {
     "encoder_patch_size": 16,
@@ -43,7 +43,7 @@ V1 = {
 
 
 class ConfigStandIn(Mapping):
-    """Takes the place of the config object that the trainer pickles: a mapping around the dictionary ``_data``."""
+    """Replaces the config object that the trainer pickles: a mapping around the dictionary ``_data``."""
 
     def __init__(self, data: Mapping[str, Any] | None = None):
         self._data = dict(data or {})
@@ -68,7 +68,7 @@ def embedded_config(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``DAR`` for the reference's own.
+    """Arguments of ``DAR`` for those of the reference.
 
     Raises:
         CheckpointError: a model without a quantizer, an argument that is unknown, or a value that is not supported.
@@ -131,12 +131,12 @@ def _aligned_layer(flow: Mapping[str, Any]) -> int:
 
 
 def _is_aligned(flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    """A head behind a block that is not there was never run."""
+    """Whether there is an alignment head that was trained: one on a layer that does not exist never ran."""
     return _aligned_layer(flow) < flow["depth"] and "diff_decoder.net.repa_out.0.weight" in state
 
 
 def _as_linear(key: str, tensor: Tensor) -> Tensor:
-    """The reference writes linear layers as 1x1 convolutions in places."""
+    """The reference stores some linear layers as 1x1 convolutions."""
     pointwise = key.startswith(("pre_quant", "post_quant", "velocity.patches_")) and tensor.ndim == 4
     return tensor.flatten(1) if pointwise and tensor.shape[2:] == (1, 1) else tensor
 

@@ -1,4 +1,4 @@
-"""FlexTok: ordered one-dimensional tokens of any number, and a flow decoder."""
+"""FlexTok: ordered one-dimensional tokens of flexible number, and a flow decoder."""
 
 from vistok.tokenizers.flextok.model import FlexTok
 

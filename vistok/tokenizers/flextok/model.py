@@ -1,8 +1,8 @@
-"""FlexTok: ordered register tokens, of which any prefix decodes, through a rectified-flow decoder.
+"""FlexTok: ordered register tokens, any prefix of which decodes through a rectified-flow decoder.
 
 Paper: FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (Bachmann et al., arXiv 2502.13967, ICML
 2025). Official weights and conventions: github.com/apple/ml-flextok. The reference packs a batch into one sequence with
-a block mask; attention here is batched, which gives the same numbers.
+a block mask; attention here is batched, with the same results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import WEIGHTS, CheckpointError, OfficialCheckpoint, load_strictly
-from vistok.config import check
 from vistok.draws import Draws, Keys
 from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
@@ -23,6 +22,7 @@ from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
+from vistok.signatures import check
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
@@ -47,44 +47,44 @@ VAE_C16 = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "e
 
 
 class FlexTok(Tokenizer):
-    """Images to ordered ids, of which any number of first ones decodes, coarse to fine.
+    """Images to ordered ids, coarse to fine; any prefix decodes.
 
-    A frozen autoencoder gives latent maps; without one, maps are the pixels themselves. Decoding samples: the same ids
-    with other ``draws`` give another image, the more so the fewer ids.
+    A frozen autoencoder maps pixels to latent maps; without one, the maps are the pixels themselves. The decoder
+    samples: other ``draws`` give another image for the same ids, and images differ more the fewer ids there are.
 
     Args:
-        image_size: side of the images, or (height, width); smaller ones encode and decode too.
+        image_size: side of the images, or (height, width); smaller images encode and decode too.
         in_channels: 3, or 1 for grey images.
-        vae: arguments of the frozen ``KLVAE``, among them ``latent_scale``, which brings its latents to about unit
-            deviation; None, without ``vae_weights``, works on pixels.
-        vae_weights: folder or hub id of a diffusers AutoencoderKL, to train on; ``vae`` overrides what it says of
-            itself. Not needed where a whole model is loaded, and not remembered: models are saved with all weights.
+        vae: arguments of the frozen ``KLVAE``, among them ``latent_scale``, which brings its latents to a standard
+            deviation of about 1. None, without ``vae_weights``, works on pixels.
+        vae_weights: folder or hub id of a diffusers AutoencoderKL, for training; ``vae`` overrides its config. Not
+            needed to load a whole model, and not saved in the config: models are saved with all weights.
         patch_size: side of a patch of the maps, or (height, width).
         encoder, decoder: the two transformers.
         num_tokens: registers N.
         levels: of the quantizer, see ``FSQ``; their product is the codebook size.
-        code_std: deviation of the initial weights of the layer that codes are made from. With 0, as released, all
-            images begin with the same codes, and it takes long until they differ; 0.02 suits short runs. None is 0 with
-            FSQ and 0.02 with other quantizers, some of which compare directions, and zeros have none.
+        code_std: standard deviation of the initial weights of the layer before quantization. With 0, as released, all
+            images have the same codes at first, and it takes long until they differ; 0.02 suits short runs. None is 0
+            for FSQ and 0.02 for other quantizers, some of which compare directions, which zeros do not have.
         adaln_streams: 2 modulates the decoder's patches and registers separately, 1 together.
         nested_dropout: how many tokens a training sample keeps: "uniform" in 1..N; "pow2", one of 1, 2, 4, ..., N;
-            "uniform_pow2", uniform rounded up to one of them; "none", all.
-        null_dropout: share of training samples decoded without any token, for guidance.
+            "uniform_pow2", uniform, rounded up to one of these; "none", all.
+        null_dropout: share of training samples that are decoded without any token, for guidance.
         quantizer_dropout: share of training samples whose codes are bounded but not rounded.
-        token_corruption: in a fifth of the training samples, up to this share of tokens is replaced by random ones.
+        token_corruption: largest share of tokens that is replaced by random ones, in a fifth of the training samples.
         time_sampling: distribution of training times.
         max_timestep, time_frequencies: of the decoder's time embedding, see ``FlowDecoder``.
         posterior: whether training encodes a "sample" of the autoencoder's posterior or its "mode".
-        alignment: head for the "repa" loss, of patches after the decoder's block 1 (``layer``, counted from 0), for
-            DINOv2-L, with four times the decoder's channels inside unless it says otherwise; None has none.
-        num_steps, guidance_scale, guidance: what ``decode`` does unless it is told otherwise.
-        quantizer: a quantizer in place of FSQ with ``levels``, {name, …its arguments} as ``build_quantizer`` takes it;
-            ``dim`` among the arguments is the number of channels of a code. Quantizers of growing grids are refused:
-            their ids have no prefixes that decode.
+        alignment: head for the "repa" loss, on the decoder's patches after block ``layer`` (counted from 0). Defaults:
+            layer 1, 1,024 channels as in DINOv2-L, four times the decoder's width inside. None has no head.
+        num_steps, guidance_scale, guidance: defaults of ``decode``.
+        quantizer: config of a quantizer in place of FSQ with ``levels``, {name, …its arguments}, see
+            ``build_quantizer``; its argument ``dim`` is the number of channels of a code. Multi-scale quantizers are
+            refused: no prefixes of their ids decode.
 
     Raises:
-        ValueError: sizes that do not divide, a quantizer of growing grids, or ``quantizer_dropout`` with one that is
-            not FSQ.
+        ValueError: sizes that do not divide, a multi-scale quantizer, or ``quantizer_dropout`` with a quantizer other
+            than FSQ.
         CheckpointError: no autoencoder where ``vae_weights`` points.
     """
 
@@ -226,7 +226,7 @@ class FlexTok(Tokenizer):
 
     def to_maps(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
         """Pixels (B, C, H, W) to the maps (B, C', h, w) that are tokenized: the mode of the autoencoder's posterior,
-        or a sample of it where ``draws`` has "posterior"; always in the autoencoder's own precision."""
+        or a sample if ``draws`` has "posterior". Autocast does not apply to the autoencoder."""
         self.check_pixels(pixels)
         if self.vae is None:
             return pixels
@@ -236,7 +236,7 @@ class FlexTok(Tokenizer):
         return rearrange(latents, "b (h w) c -> b c h w", h=pixels.shape[2] // self.vae.stride)
 
     def to_pixels(self, maps: Tensor) -> Tensor:
-        """The inverse of ``to_maps``."""
+        """Maps (B, C', h, w) to pixels (B, C, H, W), not clamped."""
         if self.vae is None:
             return maps
         self._check_vae()
@@ -271,11 +271,13 @@ class FlexTok(Tokenizer):
 
         Args:
             lengths: (B,) how many of its k ids each image uses; None takes all.
-            num_steps: Euler steps from noise to data.
-            guidance_scale: a number, or a function of the time of a step, which falls from 1 to 0; 1 is off.
-            guidance: "cfg" (plain), "apg" (adaptive projected), or an ``APG`` with other settings.
-            draws: from ``decoding_draws``; None takes those of seed 0. "noise" is (B, C', h, w), and a smaller map
-                gives a smaller image. Of the other options, None takes what the model was built with.
+            num_steps: Euler steps from noise to data; None takes the model's ``num_steps``.
+            guidance_scale: a number, or a function of a step's time, which is 1 at noise and 0 at data. A scale of 1 is
+                no guidance; None takes the model's ``guidance_scale``.
+            guidance: "cfg" (plain), "apg" (adaptive projected), or an ``APG`` with other settings; None takes the
+                model's ``guidance``.
+            draws: from ``decoding_draws``; None takes those of seed 0. "noise" (B, C', h, w) sets the size of the
+                images.
 
         Raises:
             ValueError: a wrong number of ids or steps, or ids out of range.
@@ -295,7 +297,7 @@ class FlexTok(Tokenizer):
         guidance: GuidanceName | APG | None = None,
         draws: Draws | None = None,
     ) -> Iterator[Tensor]:
-        """As ``decode``, but yields the estimate of the image after every step; the last one is what it gives."""
+        """As ``decode``, but yields the estimated image after every step; the last one is the result of ``decode``."""
         self.check_condition(condition)
         for state in self._trajectory(tokens, lengths, num_steps, guidance_scale, guidance, draws):
             yield self.to_pixels(PATH.data_estimate(state.x, state.velocity, state.t))
@@ -346,8 +348,8 @@ class FlexTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image; and those
-        of the quantizer, over all tokens. FSQ has none.
+        """Train at one random time per image. The loss term "flow" (B,) is the mean squared error of the velocity;
+        those of the quantizer are over all tokens (FSQ has none).
 
         Raises:
             ValueError: no draws: a flow model cannot be trained without noise.
@@ -386,8 +388,8 @@ class FlexTok(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        """Build from the reference's nested config (see ``official``); ``vae.block_out_channels`` may be given
-        where the autoencoder has other widths than the released ones."""
+        """Build from the reference's nested config (see ``official``). It may have a key ``vae.block_out_channels``,
+        for an autoencoder with other widths than the released one."""
         model = cls(**official.model_arguments(config))
         return model.with_official_weights(official.our_names(config, state_dict))
 
@@ -395,7 +397,7 @@ class FlexTok(Tokenizer):
 
 
 def kept_tokens(uniforms: Tensor, num_tokens: int, mode: NestedDropout) -> Tensor:
-    """How many tokens nested dropout keeps, (B,) integers in 1..N, from uniform numbers (B,) in [0, 1)."""
+    """The number of tokens that nested dropout keeps, (B,) integers in 1..N, from uniform numbers (B,) in [0, 1)."""
     if mode == "none":
         return torch.full_like(uniforms, num_tokens, dtype=torch.int64)
     exponents = torch.arange((num_tokens - 1).bit_length() + 1, device=uniforms.device)

@@ -31,15 +31,16 @@ from vistok.tokenizers.flextok.official_keys import check_keys
 PATH = LinearPath(noise_at=1)
 GuidanceName = Literal["cfg", "apg"]
 
-# Parameter-free, in the trunk and in the attention (on queries and keys).
+# Without weights, both in the trunk and on queries and keys.
 layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
 
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """Width, number of blocks, channels of a head, and width of the feed-forward (before gating) of a transformer.
+    """Width, number of blocks and channels of a head of a transformer, and the hidden width of its ungated feed-forward
+    in units of the width.
 
-    The released models are called by their depths; their width is 64 times the depth.
+    The released models are named by their depths; their width is 64 times the depth.
     """
 
     dim: int = 768
@@ -53,7 +54,7 @@ class TrunkConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Two thirds of the ungated width, so that gating costs no parameters; rounded down twice, as released."""
+        """Two thirds of the ungated width, so that gating adds no weights; rounded down twice, as in the reference."""
         return int(2 * int(self.mlp_ratio * self.dim) / 3)
 
 
@@ -64,7 +65,7 @@ class FlexTokBlock(nn.Module):
         super().__init__()
         dim, head_dim = config.dim, config.head_dim
         self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
-        # The scale is that of muP training; it equals head_dim ** -0.5 at the released 64 channels only.
+        # The scale of muP, which equals head_dim ** -0.5 only at the released 64 channels.
         self.attn = Attention(
             dim, dim // head_dim, qkv_bias=False, out_bias=False, qk_norm=layer_norm, scale=8 / head_dim
         )
@@ -76,8 +77,8 @@ class FlexTokBlock(nn.Module):
 
 
 class ModulatedBlock(FlexTokBlock):
-    """adaLN-zero block: each of the ``streams``, consecutive parts of the sequence, has its own shifts, scales and
-    gates."""
+    """adaLN-zero block with separate shifts, scales and gates for each of the ``streams``, which are consecutive parts
+    of the sequence."""
 
     def __init__(self, config: TrunkConfig, streams: int):
         super().__init__(config)
@@ -88,8 +89,8 @@ class ModulatedBlock(FlexTokBlock):
         """Transform x (B, N, D).
 
         Args:
-            embedding: (B or 1, D), already through its SiLU.
-            sizes: positions of each stream; they add up to N.
+            embedding: (B or 1, D), after its SiLU.
+            sizes: number of positions of each stream; they add up to N.
         """
         gates_shifts_scales = self.modulation(embedding).unflatten(-1, (self.streams, 6, -1))  # (B, streams, 6, D)
         gate1, gate2, shift1, scale1, shift2, scale2 = gates_shifts_scales.unbind(2)
@@ -107,9 +108,9 @@ def _scaled(x: Tensor, gate: Tensor, sizes: list[int]) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Maps (B, C, h, w) to (B, P, D): patches, linear, plus a fixed sine-cosine table of the largest grid.
+    """Maps (B, C, h, w) to (B, P, D): a linear layer on patches, plus a fixed sine-cosine table of the largest grid.
 
-    Smaller maps take the table's upper left part.
+    Smaller maps use the upper left part of the table.
     """
 
     def __init__(self, channels: int, patch: tuple[int, int], grid: tuple[int, int], dim: int):
@@ -129,14 +130,14 @@ class PatchEmbedding(nn.Module):
 class Encoder(nn.Module):
     """Latent maps (B, C, h, w) to registers (B, N, d), before quantization.
 
-    Patches see all patches and no register; register i sees all patches and registers up to itself. So a register
-    depends on no later one, and the first k of them are an encoding of k tokens.
+    Patches attend to all patches and to no register; register i attends to all patches and to the registers up to
+    itself. So no register depends on later ones, and the first k registers encode the image in k tokens.
 
     Args:
         config: the transformer.
-        channels, patch, grid: of the latent maps, of a patch of them, and of the patches.
-        num_tokens, code_dim: registers, and channels of their codes.
-        code_std: deviation of the initial weights of the last layer.
+        channels, patch, grid: channels of the latent maps, sides of a patch, and numbers of patches (rows, columns).
+        num_tokens, code_dim: number of registers, and channels of their codes.
+        code_std: standard deviation of the initial weights of the last layer.
     """
 
     def __init__(
@@ -169,16 +170,15 @@ class Encoder(nn.Module):
 
 
 class FlowDecoder(nn.Module):
-    """The velocity of noisy latents, given registers: patches and registers attend to one another in full.
+    """The velocity of noisy latents, given registers, with full attention among patches and registers.
 
     Args:
         config: the transformer.
-        channels, patch, grid: of the latent maps, of a patch of them, and of the patches.
-        num_tokens, code_dim: registers, and channels of their codes.
+        channels, patch, grid, num_tokens, code_dim: as in ``Encoder``.
         streams: 2 modulates patches and registers separately, 1 together.
         max_timestep: time 1 is embedded as 1000 / max_timestep.
         frequency_dim: features of the time embedding.
-        alignment: the training-only head, for patches after block ``layer``, counted from 0; None has none.
+        alignment: the training-only head, on patches after block ``layer``, counted from 0; None has no head.
     """
 
     def __init__(
@@ -219,8 +219,8 @@ class FlowDecoder(nn.Module):
         """Embed codes (B, N, d) as registers (B, N, D).
 
         Args:
-            lengths: (B,) registers that are kept; a learned vector, without position, takes the place of the others.
-            null: (B,) bool, True where another learned vector takes the place of all.
+            lengths: (B,) number of registers that are kept; a learned vector, without position, replaces the others.
+            null: (B,) bool, True where another learned vector replaces all registers.
         """
         registers = self.from_codes(codes.to(self.from_codes.weight.dtype)) + self.register_positions
         kept = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
@@ -253,7 +253,7 @@ class FlowDecoder(nn.Module):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        """The decoder alone, from a whole model's config and the ``decoder.*`` entries of its state dict."""
+        """Build the decoder alone, from a whole model's config and the ``decoder.*`` entries of its state dict."""
         arguments = official.decoder_arguments(config)
         check_keys(config)
         trunk, alignment = TrunkConfig(**arguments.pop("config")), arguments.pop("alignment")
@@ -264,7 +264,8 @@ class FlowDecoder(nn.Module):
 
 
 class NormedAlignmentHead(nn.Module):
-    """A norm and the head: (..., D) -> (..., dim of the frozen encoder). ``mlp`` and ``out`` are the released names."""
+    """A norm and the alignment head: (..., D) -> (..., channels of the frozen encoder). The parts are named as in the
+    released files."""
 
     out: Any  # a linear layer
 
@@ -287,11 +288,11 @@ def denoise(
     guidance_scale: Scale = 1.0,
     guidance: GuidanceName | APG = "cfg",
 ) -> Iterator[FlowState]:
-    """Euler steps of a decoder from noise (B, C, h, w) at time 1 to data at time 0, without further randomness.
+    """Euler steps of a decoder from noise (B, C, h, w) at time 1 to data at time 0; deterministic given the noise.
 
     Args:
-        codes, lengths: codes (B, N, d), and how many of them count, (B,).
-        guidance_scale, guidance: see ``FlexTok.decode``; with guidance, both rows of a sample run in one batch.
+        codes, lengths: codes (B, N, d), and the number of them that is used, (B,).
+        guidance_scale, guidance: see ``FlexTok.decode``. With guidance, both rows of a sample run in one batch.
     """
     named: dict[str, Combination] = {"cfg": PLAIN, "apg": APG()}
     combination = named[guidance] if isinstance(guidance, str) else guidance
@@ -303,10 +304,10 @@ def denoise(
 
 
 def velocity_field(decoder: FlowDecoder, registers: Tensor, guidance: Guidance) -> VelocityField:
-    """The field of one trajectory.
+    """The guided velocity field of one trajectory.
 
     Args:
-        registers: (R * B, N, D) from ``FlowDecoder.embed_codes``, row by row of the guidance.
+        registers: (R * B, N, D) from ``FlowDecoder.embed_codes``, ordered by the rows of the guidance.
     """
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -323,7 +324,7 @@ def _initialise(model: nn.Module, *, zero: list[nn.Linear], normal: list[nn.Para
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, Attention):  # three layers in one: the bound is that of each
+        if isinstance(module, Attention):  # three fused layers, each with its own bound
             for part in module.qkv.weight.detach().chunk(3):
                 nn.init.xavier_uniform_(part)
     for module in zero:

@@ -1,7 +1,7 @@
 """FlexTok's official configs and weight names, translated; see ``flextok.FlexTok.from_official``.
 
-An official config is a tree of class paths and arguments, of which ``official_keys`` knows every one. Class paths are
-compared by their last part and never imported.
+An official config is a tree of class paths and arguments; ``official_keys`` lists every key. Class paths are compared
+by their last part and never imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VAE_DEFAULTS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 
 
 
 def embedded_config(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config in the header of a released safetensors file, where every value is a Python literal; None without.
+    """The config in the header of a released safetensors file, where every value is a Python literal; None if absent.
 
     Raises:
         CheckpointError: it cannot be parsed.
@@ -45,7 +45,7 @@ def embedded_config(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def released(encoder_depth: int, decoder_depth: int) -> dict[str, Any]:
-    """The config of a released model, as far as its files' own header does not say it better."""
+    """The config of a released model; the header of its file takes precedence."""
     wide = {"channels_in": 16, "patch_sizes": [2, 2]}
     table = {"posemb_type": "sincos", "posemb_scaling": "absolute", "max_sizes": [16, 16]}
     return {
@@ -108,7 +108,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of our decoder: trunk, channels, patch, grid, num_tokens, streams, times and alignment."""
+    """The arguments of our ``FlowDecoder``."""
     modules = _modules(config, "decoder")
     trunk, times = modules["dec_transformer"], modules["dec_time_embedder"]
     return {
@@ -124,7 +124,7 @@ def decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of our encoder."""
+    """The arguments of our ``Encoder``."""
     modules = _modules(config, "encoder")
     return {
         **_patch_arguments(modules["enc_patch_emb"], modules["enc_posemb_module"]),
@@ -135,7 +135,7 @@ def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of training: dropout of tokens and of the condition, quantizer, times, posterior."""
+    """The arguments of training: quantizer, dropout of tokens and condition, times, posterior."""
     modules, noise = _modules(config, "decoder"), config.get("flow_matching_noise_module", {})
     if noise.get("ln", False):
         times = {"name": "logit_normal", "stratified": noise.get("stratisfied", False)}
@@ -153,7 +153,7 @@ def training_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vae_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """The autoencoder's own arguments, and the factor on its latents.
+    """The autoencoder's arguments, and the factor on its latents.
 
     Raises:
         CheckpointError: the config gives no scaling factor, without which the reference fails too.
@@ -167,7 +167,7 @@ def vae_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def our_names(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights under our names; unknown entries of the decoder's modules are dropped with a warning."""
+    """Official weights under our names. Unknown entries of the decoder's modules are dropped with a warning."""
     heads = [rule for name in _heads(_modules(config, "decoder")) for rule in _alignment_names(name)]
     fused = fuse(state, ("attn.wq", "attn.wk", "attn.wv"), "attn.qkv")
     renamed = {key: _as_table(key, tensor) for key, tensor in rename(fused, [*NAMES, *heads]).items()}
@@ -239,7 +239,7 @@ def _alignment_names(name: str) -> list[tuple[str, str]]:
 
 
 def _as_table(key: str, tensor: Tensor) -> Tensor:
-    """Positions as we keep them: (H, W, D) of patches from (1, D, H, W), (N, D) of registers from (1, 1, D, N)."""
+    """Position tables in our layout: of patches (1, D, H, W) to (H, W, D), of registers (1, 1, D, N) to (N, D)."""
     if key.endswith("patches.positions") and tensor.ndim == 4:
         return tensor[0].permute(1, 2, 0)
     if key == "decoder.register_positions" and tensor.ndim == 4:

@@ -1,4 +1,4 @@
-"""Every key of a FlexTok config: read by ``official``, fixed to the one value that is built, or without effect."""
+"""Every key of a FlexTok config: read by ``official``, fixed to the one supported value, or without effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {
     "flow_matching_noise_module.stratisfied": "of logit-normal times, which these are not",
     "flow_matching_noise_module.mode_scale": "of times that are not logit-normal",
 }
-"""Keys that change nothing of what the model computes, each with the reason."""
+"""Keys that do not change what the model computes, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Module:
 
     Attributes:
         kind: the last part of its class path.
-        read: keys that the model's arguments are made of.
-        fixed: keys that may only have this value, which is the default too.
+        read: keys that become arguments of our model.
+        fixed: keys that may only have this value, which is also the default.
         sized: whether its ``dim`` is the width of the transformer.
     """
 
@@ -83,7 +83,7 @@ MODULES = {
     },
 }
 HEAD = Module("MLPHead", ("dim_out", "num_layers"), HEAD_OPTIONS)
-"""The projection of features that alignment trains; a config calls it as it likes, and its unpacker too."""
+"""The alignment head. Configs may give it, and its unpacker, any name."""
 
 SECTIONS = {
     "vae": Module(
@@ -96,7 +96,7 @@ SECTIONS = {
 
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """Refuse a config with a key that is not read, or with a value that is not built.
+    """Refuse a config with an unknown key, or with a value that is not supported.
 
     Raises:
         CheckpointError: names the key.
@@ -150,7 +150,7 @@ def _check(given: OfficialConfig, path: str, module: Module) -> None:
 
 
 def _check_class(given: OfficialConfig, path: str, kind: str) -> None:
-    """A class path may be absent; where it is there, its last part must be this one."""
+    """A class path may be absent; if it is given, its last part must be ``kind``."""
     target = given.take(f"{path}._target_", kind)
     if str(target).rsplit(".", 1)[-1] != kind:
         raise CheckpointError(f"{path} is of the class {target}; every released model has {kind} there")

@@ -34,8 +34,8 @@ from vistok.tokenizers.gigatok.networks import (
     TransformerSize,
     initialise,
 )
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
-from vistok.utils.sides import image_sides
+from vistok.types import MAIN, Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import grid_of, image_sides
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -57,40 +57,39 @@ PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
 class GigaTok(Tokenizer):
     """Images to a sequence (layout "1d") or a raster (layout "2d") of ids.
 
-    Convolutions make a feature map of the image; a transformer makes tokens of the map. The decoder goes back the same
-    way, and its feature map is to be the encoder's: the loss term "feature" compares them.
+    Convolutions compute a feature map of the image, and a transformer computes tokens from the map. The decoder mirrors
+    both. The loss term "feature" compares its feature map with the encoder's.
 
     Args:
         image_size: side of the images, or (height, width), multiples of the stride 2 ** (levels - 1). Positions are
-            learned for this size alone.
+            learned for this size only.
         in_channels: 3, or 1 for grey images.
-        layout: "1d", tokens that queries read from the map and the map from them; "2d", a token per cell of the map.
-        num_tokens: tokens of layout "1d", a power of two where ``query_init`` is "pooled"; "2d" does not read it.
+        layout: "1d", a sequence of tokens, to and from the map by queries; "2d", a token per cell of the map.
+        num_tokens: tokens of layout "1d", a power of two if ``query_init`` is "pooled"; unused in layout "2d".
         encoder_size, decoder_size: the transformers.
         layer_kind: "cross_attention", which layout "1d" needs, or "self_attention".
-        query_init: what the encoder's queries start from in layout "1d": "pooled" blocks of the map, ever finer, or
-            its "mean".
+        query_init: initial values of the encoder's queries in layout "1d": "pooled", averages over ever finer blocks of
+            the map, or its "mean".
         channels: base width of the convolutional stacks.
         encoder_channel_mult, decoder_channel_mult: width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level of the convolutional encoder; the decoder has one more.
         z_channels: channels of the feature map and of tokens around the codes.
-        conv_attention: attention in the deepest convolutional level.
+        conv_attention: attention in the deepest convolutional level and in the middle.
         adaptive_norm: see ``ConvDecoder``.
         upsample: see ``ConvDecoder``.
         codebook_size, codebook_embed_dim: number and channels of the codes.
         codebook_l2_norm: compare and decode l2-normalised codes.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         quantizer_gradient: see ``VectorQuantizer``.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in the paper); None leaves the term out.
-        direct_until: in training steps before this one the convolutional decoder decodes the encoder's map, too; its
-            image is the reconstruction "direct", which pixel losses apply to as they do to the main one.
-        alignment: the head whose output the loss "repa" compares with a frozen encoder's, of the decoder's layer 3
-            (``layer``, counted from 1), for DINOv2-B, with four times the decoder's channels inside unless it says
-            otherwise; None has none.
+        direct_until: before this training step, the convolutional decoder also decodes the encoder's map. The result is
+            the reconstruction "direct", to which pixel losses apply as to the main one.
+        alignment: head for the "repa" loss, on layer ``layer`` (counted from 1) of the decoder's transformer. Defaults:
+            layer 3, 768 channels as in DINOv2-B, four times the decoder's width inside. None has no head.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.
@@ -168,7 +167,7 @@ class GigaTok(Tokenizer):
             )
         height, width = image_sides(image_size)
         self._input_shape = (in_channels, height, width)
-        self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
+        self.map_grid = grid_of((height, width), 2 ** (len(encoder_channel_mult) - 1))
         num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
         grid = None if layout == "1d" else self.map_grid
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
@@ -187,7 +186,8 @@ class GigaTok(Tokenizer):
             adaptive_norm=adaptive_norm,
             **options,
         )
-        self.encoder.apply(initialise), self.decoder.apply(initialise)
+        self.encoder.apply(initialise)
+        self.decoder.apply(initialise)
         around = (z_channels, self.map_grid)
         self.token_encoder: QueryEncoder | GridEncoder
         self.token_decoder: QueryDecoder | GridDecoder
@@ -237,19 +237,20 @@ class GigaTok(Tokenizer):
         self.check_pixels(pixels)
         return self.encoder(pixels)
 
-    def latents(self, spatial: Tensor) -> Tensor:
+    def map_latents(self, spatial: Tensor) -> Tensor:
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
 
-    def encode_latents(self, pixels: Tensor) -> Tensor:
-        return self.latents(self.encode_map(pixels))
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim), before quantization."""
+        return self.map_latents(self.encode_map(pixels))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantize(self.latents(self.encode_map(pixels)))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
+        """Ids (B, L), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
@@ -267,17 +268,17 @@ class GigaTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
+        """The loss term "feature" is the mean squared error of the decoder's feature map to the detached encoder's.
 
-        Before step ``direct_until`` of training there is the reconstruction "direct" beside the main one.
+        Before step ``direct_until`` of training there is a reconstruction "direct" beside the main one.
 
-        Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
-        convolutional encoder's map and the one that the tokens gave, which is "decoded" row by row; "alignment"
-        (B, h * w, D) where there is a head.
+        Features: "latents", "quantized" (B, L, code dim); "spatial" and "decoded_spatial" (B, z_channels, h, w), the
+        feature maps of encoder and decoder; "decoded" (B, h * w, z_channels), the latter in raster order; "alignment"
+        (B, h * w, D) if there is a head.
         """
         self.check_condition(condition)
         spatial = self.encode_map(pixels)
-        latents = self.latents(spatial)
+        latents = self.map_latents(spatial)
         quantized = self.quantizer(latents, draws=draws)
         decoded = self.token_decoder(self.post_quant(quantized.quantized))
         features = {
@@ -290,7 +291,7 @@ class GigaTok(Tokenizer):
         if decoded.aligned is not None:
             features["alignment"] = decoded.aligned
         losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
-        reconstructions = {"main": self.decoder(decoded.spatial)}
+        reconstructions = {MAIN: self.decoder(decoded.spatial)}
         if self.training and clock is not None and clock.step < self.direct_until:
             reconstructions["direct"] = self.decoder(spatial)
         return TokenizerOutput(reconstructions, quantized.ids, losses, features)
@@ -298,11 +299,3 @@ class GigaTok(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return cls(**official.model_arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
-
-
-def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    if min(size) < 1 or size[0] % stride or size[1] % stride:
-        raise ValueError(
-            f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size"
-        )
-    return size[0] // stride, size[1] // stride

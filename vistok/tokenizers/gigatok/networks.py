@@ -1,7 +1,7 @@
 """The transformers of GigaTok (arXiv 2504.08736) between the convolutional stacks and the codes.
 
-In one dimension a Q-Former turns a feature map into a sequence of tokens and back: queries attend to each other and to
-the map. In two dimensions a plain vision transformer refines the map. Positions are learned, for one raster only.
+For layout "1d" a Q-Former turns a feature map into a sequence of tokens and back: queries attend to each other and to
+the map. For layout "2d" a plain vision transformer refines the map. Positions are learned, for one raster only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
+from vistok.nn.initialisation import truncated_normal
 from vistok.nn.mlp import MLP
 from vistok.nn.vit import TransformerSize
 
@@ -26,17 +27,15 @@ QueryInit = Literal["pooled", "mean"]
 
 
 class Decoded(NamedTuple):
-    """A feature map (B, C, h, w), and the aligned features (B, h * w, teacher's channels) of a head for them."""
+    """A feature map (B, C, h, w), and the output (B, h * w, channels of the frozen encoder) of the alignment head."""
 
     spatial: Tensor
     aligned: Tensor | None
 
 
 class PositionedAttention(nn.Module):
-    """Multi-head attention of queries (B, N, D) to keys and values (B, M, D), which come apart.
-
-    DETR (arXiv 2005.12872) adds positions to queries and keys, not to values.
-    """
+    """Multi-head attention of queries (B, N, D) to keys and values (B, M, D), given separately: DETR (arXiv 2005.12872)
+    adds positions to queries and keys, but not to values."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -48,7 +47,7 @@ class PositionedAttention(nn.Module):
             rearrange(project(x), "b n (h d) -> b h n d", h=self.num_heads)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        return self.out(attend(q, k, v, None, False))
+        return self.out(attend(q, k, v))
 
 
 class SelfAttentionBlock(nn.Module):
@@ -67,7 +66,7 @@ class SelfAttentionBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """DETR's pre-norm decoder layer: attention among queries (B, N, D), to a memory (B, M, D), and an MLP.
+    """DETR's pre-norm decoder layer: self-attention of x (B, N, D), cross-attention to a memory (B, M, D), and an MLP.
 
     The memory is not normalised. Positions are added to queries and keys in every layer.
     """
@@ -79,7 +78,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim, F.gelu)
 
     def forward(self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor) -> Tensor:
-        """Positions are (N, D) of the queries and (M, D) of the memory."""
+        """``positions`` are (N, D), ``memory_positions`` (M, D)."""
         y = self.norm1(x)
         x = x + self.self_attn(y + positions, y + positions, y)
         x = x + self.cross_attn(self.norm2(x) + positions, memory + memory_positions, memory)
@@ -89,8 +88,9 @@ class CrossAttentionBlock(nn.Module):
 def pool_levels(features: Tensor, num_tokens: int) -> Tensor:
     """Averages of a map over ever finer blocks, (B, C, h, w) -> (B, num_tokens, C).
 
-    Groups of 1, 1, 2, 4, ..., num_tokens / 2 blocks that each cover the map, row by row inside a group. The first two
-    are the mean of all; then columns are halved first, and rows and columns in turn.
+    There are groups of 1, 1, 2, 4, ..., num_tokens / 2 blocks. Each group covers the map, in raster order. The first
+    two tokens are the mean of the map. Each further group halves the blocks, by columns and rows in turn, columns
+    first.
 
     Raises:
         ValueError: num_tokens is no power of two, or the blocks do not divide the map.
@@ -116,7 +116,7 @@ class TransformerLayers(nn.Module):
 
     Args:
         size: of the transformer.
-        kind: "self_attention"; or "cross_attention", to a memory or, without one, to each layer's own input.
+        kind: "self_attention"; or "cross_attention", to a memory or, without one, to the layer's input.
 
     Raises:
         ValueError: an unknown kind.
@@ -138,8 +138,9 @@ class TransformerLayers(nn.Module):
         *,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the last layer gives, and what layer number ``tap`` (from 1) does, both (B, N, D)."""
-        # Under autocast the residual stream and the memory, which all layers read, would be added up in its type.
+        """The outputs of the last layer and of layer ``tap`` (counted from 1), both (B, N, D); the second is None
+        without ``tap``."""
+        # Under autocast the inputs have its dtype, but residual stream and memory are to keep that of the weights.
         dtype, tapped = next(self.parameters()).dtype, None
         x, memory = x.to(dtype), None if memory is None else memory.to(dtype)
         for number, layer in enumerate(self.layers, 1):
@@ -155,7 +156,7 @@ class TransformerLayers(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """What both encoders share: a map (B, C, h, w) is embedded row by row, and features are projected to C channels."""
+    """Base of both encoders: embeds a map (B, C, h, w) in raster order, and projects features to C channels."""
 
     def __init__(self, channels: int, grid: tuple[int, int], size: TransformerSize, kind: LayerKind):
         super().__init__()
@@ -179,14 +180,14 @@ class _Encoder(nn.Module):
 
 
 class QueryEncoder(_Encoder):
-    """A map (B, C, h, w) to a sequence of N tokens (B, N, C), which queries read from it.
+    """A map (B, C, h, w) to a sequence of N tokens (B, N, C), by queries that attend to the map.
 
     Args:
         channels: C.
         grid: (h, w).
         num_tokens: N.
         size: of the transformer.
-        query_init: what queries start from: "pooled" blocks of the map, ever finer, or its "mean".
+        query_init: initial queries: "pooled", averages over ever finer blocks of the map, or its "mean".
 
     Raises:
         ValueError: an unknown ``query_init``, or blocks that do not divide the map.
@@ -212,7 +213,7 @@ class QueryEncoder(_Encoder):
         return self.norm_out(x)
 
     def _pooled(self, memory: Tensor) -> Tensor:
-        """(B, N, D) of an embedded map (B, h * w, D)."""
+        """Initial queries (B, N, D) from an embedded map (B, h * w, D)."""
         if self.query_init == "mean":
             return memory.mean(1, keepdim=True).expand(-1, self.num_tokens, -1)
         return pool_levels(rearrange(memory, "b (h w) d -> b d h w", h=self.grid[0]), self.num_tokens)
@@ -232,10 +233,10 @@ class GridEncoder(_Encoder):
 
 
 class _Decoder(nn.Module):
-    """What both decoders share: tokens (B, N, C) are embedded, and features become a map (B, C, h, w).
+    """Base of both decoders: embeds tokens (B, N, C), and projects features to a map (B, C, h, w).
 
     Raises:
-        ValueError: there is no such layer to align.
+        ValueError: the layer to align does not exist.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ class _Decoder(nn.Module):
         self.alignment_head = None if alignment is None else AlignmentHead.of(size.dim, alignment)
 
     def forward(self, tokens: Tensor) -> Decoded:
-        """Tokens (B, N, C) to a map, and features to align where there is a head for them."""
+        """Tokens (B, N, C) to a map, and aligned features if there is a head."""
         spatial, tapped = self._run(tokens)
         head = self.alignment_head
         return Decoded(spatial, None if tapped is None or head is None else head(tapped))
@@ -274,14 +275,14 @@ class _Decoder(nn.Module):
 
 
 class QueryDecoder(_Decoder):
-    """A sequence (B, N, C) to a map (B, C, h, w): a query for every cell of the map reads the sequence.
+    """A sequence (B, N, C) to a map (B, C, h, w): a query per cell of the map attends to the sequence.
 
     Args:
         channels: C.
         grid: (h, w).
         num_tokens: N.
         size: of the transformer.
-        alignment: the head for features to align; None has none.
+        alignment: config of the alignment head; None has no head.
     """
 
     def __init__(
@@ -298,7 +299,7 @@ class QueryDecoder(_Decoder):
 
     def features(self, memory: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embedded tokens (B, N, D) to the last and the tapped layer's output, (B, h * w, D)."""
-        queries = memory[:, :1].expand(-1, len(self.positions), -1)  # the first token, which stands for the whole image
+        queries = memory[:, :1].expand(-1, len(self.positions), -1)  # from the first token, whose query was the mean
         return self.transformer(queries, self.positions, memory, self.token_positions, tap=self.tap)
 
 
@@ -325,18 +326,16 @@ LAYERS = {"self_attention": SelfAttentionBlock, "cross_attention": CrossAttentio
 
 
 def learned_positions(count: int, dim: int) -> nn.Parameter:
-    """A table (count, dim) of deviation dim ** -0.5."""
+    """A learned table (count, dim) with initial standard deviation dim ** -0.5."""
     return nn.Parameter(torch.randn(count, dim) * dim**-0.5)
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02, zero biases; for ``nn.Module.apply``."""
+    """Truncated normal weights, zero biases; for ``nn.Module.apply``."""
     if isinstance(module, PositionedAttention):
-        # As xavier-uniform does with the three projections in one matrix (3 D, D).
+        # Xavier-uniform for the three projections as one matrix (3 D, D).
         bound = math.sqrt(6 / (4 * module.q.in_features))
         for projection in (module.q, module.k, module.v):
             nn.init.uniform_(projection.weight, -bound, bound)
-    elif isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    else:
+        truncated_normal(module)

@@ -47,7 +47,7 @@ MODEL_1D, MODEL_2D = "VQVitModelPlus", "VQVitModel2DPlus"
 LAYOUTS = {MODEL_1D: "1d", MODEL_2D: "2d"}
 LAYER_KINDS = {"TransformerLayer": "self_attention", "TransformerDecoderLayer": "cross_attention"}
 CHECKPOINTS = tuple(
-    # On Google Drive, linked from the repository's README, and its issue 8 for the files with 2d.
+    # On Google Drive: linked from the repository's README, the 2d files from its issue 8.
     OfficialCheckpoint("", filename, config)
     for filename, config in {
         "VQ_SS256_e100.pt": _released("small", "small"),
@@ -55,7 +55,7 @@ CHECKPOINTS = tuple(
         "VQ_BL256_e200.pt": _released("base", "large"),
         "VQ_BL256_dino_disc.pt": _released("base", "large"),
         "VQ_XLXXL256_e300.pt": _released("xl", "xxl", entropy_loss_ratio=0.005),
-        # Its config does not say of which layers it is.
+        # Its config does not name the kind of layers.
         "VQ_SS256_2d_e100.pt": _released_2d("small", "small"),
         "VQ_SB256_2d_e200.pt": _released_2d("small", "base", transformer_layer_type="TransformerLayer"),
         "VQ_BL256_2d_e200.pt": _released_2d(
@@ -70,7 +70,7 @@ WITHOUT_EFFECT = {
     "init_args.fea_rec_loss_weight": "the weight of a loss, which the training config has",
     "loss.*": "losses of the training, and its discriminator",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 _UNSUPPORTED = {  # the values that released models have
     "fea_rec_loss_type": "mse",
@@ -83,8 +83,8 @@ _UNSUPPORTED = {  # the values that released models have
 
 
 def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``GigaTok`` for the reference's own: ``model_cls``, ``init_args`` and, for models of other than the
-    released shape, ``structure`` (``ch``, ``num_res_blocks``, ``image_size``, and sizes of transformers by name).
+    """Arguments of ``GigaTok`` for those of the reference: ``model_cls``, ``init_args`` and, for models of other shapes
+    than the released ones, ``structure`` (``ch``, ``num_res_blocks``, ``image_size``, sizes of transformers by name).
 
     Raises:
         CheckpointError: an argument that is unknown, or whose value is not supported; the message names it.
@@ -126,7 +126,7 @@ def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> d
 
 
 def _sizes(given: OfficialConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """The sizes of both transformers; ``model_size`` stands for both."""
+    """The sizes of both transformers; ``model_size`` sets both."""
     shared, sizes = given.take("init_args.model_size", None), []
     for part in ("encoder_size", "decoder_size"):
         name, own = given.take(f"init_args.{part}", None), given.take(f"structure.{part}", {})
@@ -143,7 +143,7 @@ def _sizes(given: OfficialConfig) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _layer_kind(name: str | None, layout: str, state: Mapping[str, Tensor]) -> str:
-    """The kind that the argument names; where it is not given, the one that the weights have."""
+    """The kind of layers that the argument names, or else that of the weights."""
     if name is None:
         crosses = any(".multihead_attn." in key for key in state)
         return "cross_attention" if crosses or layout == "1d" else "self_attention"
@@ -158,7 +158,7 @@ def _alignment(given: OfficialConfig) -> dict[str, int] | None:
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the reference under our names; tensors that are the same in other layouts change theirs."""
+    """The weights of the reference under our names, in the layouts of our layers."""
     ours: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key == USAGE_COUNTER:

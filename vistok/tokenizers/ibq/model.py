@@ -1,4 +1,4 @@
-"""IBQ's image tokenizer: VQGAN's autoencoder with a codebook that gets gradients in every row.
+"""IBQ's image tokenizer: VQGAN's autoencoder with index backpropagation, which gives every code a gradient.
 
 Paper: Scalable Image Tokenization with Index Backpropagation Quantization (arXiv 2412.02692). Official weights and
 conventions: github.com/TencentARC/SEED-Voken (Apache-2.0).
@@ -39,20 +39,20 @@ class IBQ(ConvTokenizer):
         in_channels: 3, or 1 for grey images.
         channels: base width of encoder and decoder.
         channel_mult: width of each level, finest first, in units of ``channels``.
-        attention_levels: levels whose blocks are followed by attention, 0 the finest; None is the deepest alone. The
-            middle has attention anyway.
+        attention_levels: levels (0 is the finest) with attention after each residual block; None is the deepest only.
+            The middle always has attention.
         res_blocks: residual blocks per level of the encoder; the decoder has one more.
         z_channels: channels between the convolutional stacks and the code projections.
         codebook_size, codebook_embed_dim: number of codes, and their channels.
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
+        position_weight, usage_weight: weights of the two entropies in that term, see ``EntropyLoss``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, attention in a level that does not exist, or widths that
+        ValueError: sides that are not multiples of the stride, attention in a level that does not exist, or widths that
             norm_groups does not divide.
     """
 
@@ -128,7 +128,7 @@ class IBQ(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The moving averages of a training file, which the published scores are of."""
+        """The moving averages of a training file, with which the published scores were measured."""
         return first_stage(state)
 
 
@@ -140,7 +140,7 @@ WITHOUT_EFFECT = {
     "sample_minimization_weight": "of the entropy loss, which is off",
     "batch_maximization_weight": "of the entropy loss, which is off",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

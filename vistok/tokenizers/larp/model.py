@@ -1,4 +1,4 @@
-"""LARP: clips as ordered holistic tokens, which learned queries read from all patches.
+"""LARP: clips as ordered holistic tokens, computed by learned queries that attend to all patches.
 
 Paper: LARP: Tokenizing Videos with a Learned Autoregressive Generative Prior (arXiv 2410.21264, ICLR 2025). Official
 weights and conventions: github.com/hywang66/LARP (MIT). The prior that orders the tokens is a loss of training,
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.losses.vit_discriminator import initialise
+from vistok.nn.initialisation import xavier_uniform
+from vistok.nn.vit import TransformerSize
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
-from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
+from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.sides import image_sides, times
 
@@ -29,9 +30,10 @@ L = {"dim": 768, "num_layers": 12, "num_heads": 12}
 
 
 class LARP(Tokenizer):
-    """The video tokenizer. Works in [0, 1] inside; public pixels are in [-1, 1].
+    """Clips to a sequence of ids. The networks work on pixels in [0, 1]; public pixels are in [-1, 1].
 
-    A shorter clip, of a multiple of the patch's frames, gives as many tokens; ``decode`` is told its length.
+    A shorter clip, of a multiple of ``temporal_patch_size`` frames, has the same number of tokens; ``decode`` then
+    needs ``num_frames``.
 
     Args:
         num_frames: frames of the longest clip.
@@ -43,19 +45,20 @@ class LARP(Tokenizer):
         codebook_size: number of codes.
         codebook_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
-        assignment: "stochastic" draws codes in training, the likelier the nearer; "nearest" never draws.
+        assignment: "stochastic" draws codes in training (``StochasticQuantizer``); "nearest" takes the nearest code.
         temperature: of the stochastic assignment, or "learned".
-        entropy_temperature: offers the "entropy" loss term of nearest codes, with this softmax temperature.
-        latent_norm: norm before the quantizer, see ``NormOfLatents``; the paper has "none".
+        entropy_temperature: softmax temperature of the "entropy" loss term, for ``assignment`` "nearest"; None leaves
+            the term out.
+        latent_norm: norm before the quantizer, see ``NormOfLatents``; "none" in the paper.
         patch_positions, latent_positions, patch_query_positions: "fixed" sines and cosines, or "learned" tables.
-        latent_position_base: base of the latents' fixed frequencies.
+        latent_position_base: base of the frequencies of the latents' fixed positions.
         learned_queries: whether the encoder's queries are trained.
-        query_init: "normal" with deviation ``query_std``, or "sincos" of their index.
-        types: which tokens get a learned vector of their kind, of "patches", "queries", "latents", "patch_queries".
+        query_init: "normal" with standard deviation ``query_std``, or "sincos" of the query's index.
+        types: kinds of tokens that get a learned type embedding, of "patches", "queries", "latents", "patch_queries".
         norm_eps: eps of the blocks' LayerNorms. The released weights were trained with 1e-5.
         in_channels: 3, or 1 for grey clips.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sizes that patches do not divide, or an unknown option.
@@ -85,8 +88,8 @@ class LARP(Tokenizer):
         temporal_patch_size: int = 4,
         patch_size: int | tuple[int, int] = 8,
         num_tokens: int = 1024,
-        encoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
-        decoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
+        encoder: TransformerSize = TransformerSize(**L),  # noqa: B008 (immutable)
+        decoder: TransformerSize = TransformerSize(**L),  # noqa: B008 (immutable)
         codebook_size: int = 8192,
         codebook_dim: int = 16,
         codebook_l2_norm: bool = True,
@@ -107,7 +110,7 @@ class LARP(Tokenizer):
         quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
-        encoder, decoder = as_dataclass(TransformerConfig, encoder), as_dataclass(TransformerConfig, decoder)
+        encoder, decoder = as_dataclass(TransformerSize, encoder), as_dataclass(TransformerSize, decoder)
         for name, value, allowed in (
             ("assignment", assignment, ("stochastic", "nearest")),
             ("query_init", query_init, ("normal", "sincos")),
@@ -174,12 +177,12 @@ class LARP(Tokenizer):
             typed=frozenset(types),
             norm_eps=norm_eps,
         )
-        self.apply(initialise)
+        self.apply(xavier_uniform)
         # The first reconstruction is black.
         nn.init.zeros_(self.decoder.to_pixels.weight)
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        """Shorter clips give as many tokens."""
+        """Shorter clips have the same TokenSpec."""
         self._time_steps(sides[0])
         return super()._spec_for_sides((self._input_shape[1], *sides[1:]))
 
@@ -188,7 +191,7 @@ class LARP(Tokenizer):
         return self.decoder.to_pixels.weight
 
     def read(self, pixels: Tensor) -> Tensor:
-        """Clips (B, C, T, H, W) in [-1, 1] to what the queries read (B, n, D)."""
+        """Clips (B, C, T, H, W) in [-1, 1] to the encoder's outputs at its queries, (B, n, D)."""
         self.check_pixels(pixels)
         return self.encoder(self.to_native(pixels))
 
@@ -198,23 +201,23 @@ class LARP(Tokenizer):
         return latents if self.latent_norm is None else self.latent_norm(latents)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        """Clips (B, C, T, H, W) in [-1, 1] to ids (B, n): the likeliest codes.
+        """Clips (B, C, T, H, W) in [-1, 1] to ids (B, n).
 
         Args:
-            draws: from ``training_draws``, to draw codes as in training.
+            draws: from ``training_draws``, to draw codes as in training; None takes the most likely codes.
         """
         self.check_condition(condition)
         latents = self.latents(pixels)
         return self.quantize(latents) if draws is None else self.quantizer(latents, draws=draws).ids
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
-        """Ids (B, n), or those of scales (see ``dequantize``), to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
+        """Ids (B, n), or multi-scale ids (see ``dequantize``), to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
 
         Args:
-            num_frames: frames T of the clip that the ids were made from; None is a whole one.
+            num_frames: frames T of the encoded clip; None is the longest clip.
 
         Raises:
-            ValueError: ids out of range, not n of them, or no such clip.
+            ValueError: ids out of range, not n of them, or another number of frames than clips can have.
         """
         self.check_condition(condition)
         return self.decode_latents(self.dequantize(tokens), num_frames=num_frames)
@@ -247,7 +250,7 @@ class LARP(Tokenizer):
         return self.decode(tokens, num_frames=pixels.shape[2]).clamp(-1, 1)
 
     def _time_steps(self, num_frames: int) -> int:
-        """Patches in time of a clip of ``num_frames`` frames."""
+        """The number of patches in time of a clip of ``num_frames`` frames."""
         longest, patch = self._input_shape[1], self.patch[0]
         if not 1 <= num_frames <= longest or num_frames % patch:
             raise ValueError(

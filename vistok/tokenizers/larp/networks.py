@@ -1,8 +1,7 @@
-"""The networks of LARP: two ViT stacks, and the norm that may stand before the quantizer."""
+"""The networks of LARP: two ViT stacks, and the optional norm before the quantizer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,48 +9,39 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.nn.positions import FixedClipPositions, LearnedClipPositions, sincos_1d
-from vistok.nn.vit import ViTBlock
+from vistok.nn.vit import TransformerSize, ViTBlock
 from vistok.utils.devices import without_autocast
 
 LatentNorm = Literal["none", "layer_channels", "layer_tokens", "batch_channels", "batch_tokens"]
 Table = Literal["fixed", "learned"]
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Width, number of blocks and heads of one transformer."""
-
-    dim: int
-    num_layers: int
-    num_heads: int
-
-
-def blocks_of(config: TransformerConfig, norm_eps: float) -> nn.Sequential:
-    """The stack of blocks: (B, N, D) -> (B, N, D). No norm follows it."""
+def blocks_of(config: TransformerSize, norm_eps: float) -> nn.Sequential:
+    """A stack of blocks without a final norm: (B, N, D) -> (B, N, D)."""
     return nn.Sequential(
         *(ViTBlock(config.dim, config.num_heads, eps=norm_eps, qkv_bias=False) for _ in range(config.num_layers))
     )
 
 
 class Encoder(nn.Module):
-    """Queries that read the patches of a clip: (B, C, T, H, W) -> (B, n, D).
+    """Clips to outputs at queries that attend to the patches: (B, C, T, H, W) -> (B, n, D).
 
     Args:
         config: the transformer.
         grid: (t, h, w) patches of the longest clip.
         patch: (t, h, w) pixels of a patch.
         num_tokens: number of queries n.
-        in_channels: of the clip.
+        in_channels: channels of the clip.
         positions: whether the patches' positions are fixed or learned.
         learned_queries: whether the queries are trained.
-        query_init: "normal" with deviation ``query_std``, or "sincos", a fixed table of their index.
-        typed: which of "patches" and "queries" get a learned vector of their own.
+        query_init: "normal" with standard deviation ``query_std``, or "sincos", the sine-cosine table of their index.
+        typed: which of "patches" and "queries" get a learned type embedding.
         norm_eps: of the blocks' LayerNorms.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TransformerSize,
         grid: tuple[int, int, int],
         patch: tuple[int, int, int],
         num_tokens: int,
@@ -70,8 +60,8 @@ class Encoder(nn.Module):
         table = sincos_1d(torch.arange(num_tokens), config.dim).float()
         queries = torch.randn(num_tokens, config.dim) * query_std if query_init == "normal" else table
         self.queries = nn.Parameter(queries, requires_grad=learned_queries)
-        self.patch_type = type_vector("patches" in typed, config.dim)
-        self.query_type = type_vector("queries" in typed, config.dim)
+        self.patch_type = type_vector("patches", typed, config.dim)
+        self.query_type = type_vector("queries", typed, config.dim)
         self.blocks = blocks_of(config, norm_eps)
 
     def embed_patches(self, clips: Tensor) -> Tensor:
@@ -87,22 +77,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Patch queries that read the latents: (B, n, D) -> (B, C, T, H, W).
+    """Latents to clips, read at patch queries that attend to the latents: (B, n, D) -> (B, C, T, H, W).
 
     Args:
-        latent_positions: whether the latents' positions are fixed (sines and cosines of their index, of base
-            ``latent_position_base``) or learned.
+        config, grid, patch, num_tokens, norm_eps: as in ``Encoder``.
+        out_channels: channels of the clip.
         positions: whether the patch queries are fixed or learned position tables.
-        typed: which of "latents" and "patch_queries" get a learned vector of their own.
-        config, grid, patch, num_tokens, norm_eps: as in the encoder.
-        out_channels: of the clip.
+        latent_positions: whether the latents' positions are fixed (sines and cosines of their index, with the base
+            ``latent_position_base``) or learned.
+        typed: which of "latents" and "patch_queries" get a learned type embedding.
     """
 
     latent_positions: Tensor
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TransformerSize,
         grid: tuple[int, int, int],
         patch: tuple[int, int, int],
         num_tokens: int,
@@ -122,14 +112,14 @@ class Decoder(nn.Module):
             table = sincos_1d(torch.arange(num_tokens), config.dim, base=latent_position_base).float()
             self.register_buffer("latent_positions", table)
         self.positions = clip_positions(positions, grid, config.dim)
-        self.latent_type = type_vector("latents" in typed, config.dim)
-        self.patch_type = type_vector("patch_queries" in typed, config.dim)
+        self.latent_type = type_vector("latents", typed, config.dim)
+        self.patch_type = type_vector("patch_queries", typed, config.dim)
         self.blocks = blocks_of(config, norm_eps)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.to_pixels = nn.Linear(config.dim, patch[0] * patch[1] * patch[2] * out_channels)
 
     def forward(self, latents: Tensor, t: int) -> Tensor:
-        """Decode ``t`` steps of time, each ``patch[0]`` frames."""
+        """Decode latents (B, n, D) to ``t`` patches in time, each of ``patch[0]`` frames."""
         latents = plus(latents + self.latent_positions, self.latent_type)
         queries = plus(self.positions(t)[None], self.patch_type).expand(len(latents), -1, -1)
         x = self.blocks(torch.cat([latents, queries], 1))[:, latents.shape[1] :]  # (B, t * h * w, D)
@@ -150,23 +140,23 @@ def clip_positions(kind: Table, grid: tuple[int, int, int], dim: int) -> nn.Modu
     return (LearnedClipPositions if kind == "learned" else FixedClipPositions)(grid, dim)
 
 
-def type_vector(wanted: bool, dim: int) -> nn.Parameter | None:
-    """A learned vector (dim,) that all tokens of a kind share, or None."""
-    return nn.Parameter(torch.randn(dim) * 0.02) if wanted else None
+def type_vector(kind: str, typed: frozenset[str], dim: int) -> nn.Parameter | None:
+    """A learned type embedding (dim,) that all tokens of a kind share; None unless the kind is ``typed``."""
+    return nn.Parameter(torch.randn(dim) * 0.02) if kind in typed else None
 
 
 def plus(x: Tensor, vector: Tensor | None) -> Tensor:
-    """``x`` with the type vector added, where there is one."""
+    """``x`` plus the type embedding, if there is one."""
     return x if vector is None else x + vector
 
 
 class NormOfLatents(nn.Module):
-    """A norm of latents (B, n, d) in float32 before the quantizer, named by what its statistics are taken over.
+    """A layer norm or batch norm of latents (B, n, d), in float32, before the quantizer.
 
     Args:
-        kind: "layer_channels" over the d channels of a token, "layer_tokens" over the n tokens and channels of a clip,
-            "batch_channels" for each channel over batch and tokens, "batch_tokens" for each channel of each token over
-            the batch.
+        kind: what the statistics are taken over: "layer_channels" over the d channels of a token; "layer_tokens" over
+            tokens and channels of a clip; "batch_channels" over batch and tokens, for each channel; "batch_tokens"
+            over the batch, for each channel of each token.
         num_tokens, dim: n and d.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ LATENT_NORMS = {
     "ln_d_na": "none",  # the reference builds this norm and never applies it
 }
 
-# Keys of the reference's config that change nothing of what the tokenizer computes.
+# Keys of the reference's config that do not change what the tokenizer computes, each with the reason.
 WITHOUT_EFFECT = {
     "bottleneck.args.regularizer.args.commitment_loss_weight": "a weight of training, losses.commitment",
     "bottleneck.args.regularizer.args.codebook_loss_weight": "a weight of training, losses.codebook",
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
 
 
 def build_tokenizer(model_class: type[T], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> T:
-    """The tokenizer that the reference's constructor arguments describe, with its weights. The prior's are left out.
+    """Build the tokenizer from the reference's constructor arguments and weights. Those of the prior are left out.
 
     Raises:
         CheckpointError: arguments that are unknown or not supported, or weights that do not fit.
@@ -47,7 +47,7 @@ def build_tokenizer(model_class: type[T], config: Mapping[str, Any], state_dict:
 
 
 def tokenizer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments for the reference's.
+    """Our constructor arguments for those of the reference.
 
     Raises:
         CheckpointError: arguments that are unknown or not supported.
@@ -160,10 +160,13 @@ OFFICIAL_NAMES = [
 
 
 def reshape(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Drop or add axes of length 1 where the model has the same tensor with others: tables come as (1, N, D), and the
-    patches of single frames as a 2D convolution."""
+    """Add or remove axes of length 1 as in the model's tensors: the reference has tables as (1, N, D), and patches of
+    single frames as a 2D convolution."""
+
+    def without_ones(shape: Sequence[int]) -> list[int]:
+        return [n for n in shape if n != 1]
+
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    without_ones = lambda shape: [n for n in shape if n != 1]  # noqa: E731
     return {
         key: tensor.reshape(wanted[key])
         if key in wanted and without_ones(tensor.shape) == without_ones(wanted[key])
@@ -225,10 +228,10 @@ PRIOR_SIZES = {
 
 
 def build_prior(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> ARPrior:
-    """The prior that the tokenizer's arguments describe, with the weights ``prior_model.*`` of its state dict.
+    """Build the prior from the tokenizer's arguments and the weights ``prior_model.*`` of its state dict.
 
     Raises:
-        CheckpointError: no prior, arguments that are unknown, or weights that do not fit.
+        CheckpointError: no prior, unknown arguments, or weights that do not fit.
     """
     model = ARPrior(**prior_arguments(config))
     state = {key.removeprefix("prior_model."): t for key, t in state_dict.items() if key.startswith("prior_model.")}
@@ -238,7 +241,7 @@ def build_prior(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> 
 
 
 def prior_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The prior's constructor arguments for the tokenizer's arguments in the reference."""
+    """Our prior's constructor arguments for the reference's arguments of the tokenizer."""
     given = OfficialConfig(config["prior_model"], {})
     name = given.take("name")
     if name == "none":
@@ -252,7 +255,7 @@ def prior_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "normalize": given.take("args.l2_normalized", True),
         "temperature": given.take("latent_ce_temperature", 1.0),
         "num_rounds": given.take("n_rounds", 2),
-        # Without the schedule later rounds see everything replaced.
+        # Without the schedule, later rounds read sequences in which every token is replaced.
         "mix_ratio": ratio if scheduled else 1.0,
         "mix_until": until if scheduled else 0.0,
         "average_rounds": given.take("avg_loss_over_rounds", True),
@@ -281,7 +284,7 @@ PRIOR_NAMES = [
 # ---------------------------------------------------------------------------------------------------------------------
 # The discriminator
 
-# Keys of the reference's loss module that change nothing of what the discriminator computes.
+# Keys of the reference's loss module that do not change what the discriminator computes, each with the reason.
 DISCRIMINATOR_WITHOUT_EFFECT = {
     "disc_start": "when training begins with it, losses.gan.start_step",
     "disc_self_start": "when its own training begins",
@@ -298,7 +301,7 @@ DISCRIMINATOR_WITHOUT_EFFECT = {
 
 
 def build_discriminator(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> ViTDiscriminator:
-    """The discriminator that the arguments of the reference's loss module describe, with its weights.
+    """Build the discriminator from the arguments of the reference's loss module and its weights.
 
     Raises:
         CheckpointError: arguments that are unknown or not supported, or weights that do not fit.
@@ -324,7 +327,7 @@ def build_discriminator(config: Mapping[str, Any], state_dict: Mapping[str, Tens
     return model
 
 
-# Torch's older spectral norm keeps its tensors under these names.
+# Torch's older spectral norm has these names.
 SPECTRAL_NORM_NAMES = [
     (r"(.+)\.weight_orig", r"\1.parametrizations.weight.original"),
     (r"(.+)\.weight_([uv])", r"\1.parametrizations.weight.0._\2"),

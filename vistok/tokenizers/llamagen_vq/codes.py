@@ -9,10 +9,11 @@ from vistok.data.peers import PeerCache, PeerCacheError, PeerSample, checked_ids
 
 
 class LlamaGenCodes(PeerCache):
-    """LlamaGen's extracted codes: ``NAME_codes/i.npy`` of (1, V, L) and ``NAME_labels/i.npy`` of (1,), in one folder.
+    """LlamaGen's extracted codes: ``NAME_codes/i.npy`` (1, V, L), of V views of an image, and ``NAME_labels/i.npy``
+    (1,), in one folder.
 
     Raises:
-        PeerCacheError: no such two folders, or codes without their label.
+        PeerCacheError: not exactly one folder of each kind, or codes without their label.
     """
 
     def __init__(self, root: Path) -> None:

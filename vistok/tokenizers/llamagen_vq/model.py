@@ -49,15 +49,15 @@ class LlamaGenVQ(ConvTokenizer):
         codebook_embed_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         quantizer_gradient: how the gradient passes the quantizer ("normalised" in LlamaGen); see ``VectorQuantizer``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, encoder and decoder of unequal strides, or widths that
+        ValueError: sides that are not multiples of the stride, encoder and decoder of unequal strides, or widths that
             norm_groups does not divide.
     """
 
@@ -154,7 +154,7 @@ WITHOUT_EFFECT = {
     "codebook_show_usage": "counts which codes were used",
     "commit_loss_beta": "the weight of a loss, which the training config has",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 USAGE_COUNTER = "quantize.codebook_used"  # which codes the last training batches chose; no part of the model
 OFFICIAL_NAMES = [

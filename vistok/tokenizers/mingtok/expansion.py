@@ -1,4 +1,4 @@
-"""What MingTok makes of its tokens for a generator: semantic features, one after the other or all at once."""
+"""MingTok's expander: from tokens to the semantic features that a generator reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vistok.types import Expander, TokenSpec
 
 
 class SemanticExpander(Expander):
-    """Semantic features of standardised latents. Both ways compute the same.
+    """Expands standardised latents to semantic features, all at once or step by step, with the same result.
 
     Args:
-        decoder: what expands raw latents.
-        scale: of the standardised latents.
+        decoder: expands raw latents.
+        scale: standardisation of the latents.
         spec: of the tokens, for checks.
     """
 
@@ -25,11 +25,11 @@ class SemanticExpander(Expander):
         self._seen = 0
 
     def expand(self, tokens: Tensor) -> Tensor:
-        """Features (B, L, D) of whole sequences of latents (B, L, d); nothing is remembered."""
+        """Features (B, L, D) of whole sequences of latents (B, L, d), independent of ``step``."""
         return self._decoder(self._scale.restore(self._spec.check_latents(tokens)))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Features (B, n, D) of the next n latents (B, n, d)."""
+        """Features (B, n, D) of the next n latents (B, n, d), which attend to those of earlier calls."""
         latents = self._scale.restore(self._spec.check_latents(tokens))
         features = self._decoder(latents, self._seen, self._caches)
         self._seen += latents.shape[1]

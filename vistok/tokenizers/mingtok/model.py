@@ -1,10 +1,10 @@
-"""MingTok: a continuous tokenizer whose tokens a model can both understand and generate.
+"""MingTok: a continuous tokenizer for both understanding and generation of images.
 
 Paper: Ming-UniVision: Joint Image Understanding and Generation with a Unified Continuous Tokenizer (arXiv 2510.06590,
 section 2). Official weights and conventions: github.com/inclusionAI/Ming-UniVision (MIT).
 
-Three transformers in a row: a low-level encoder makes compact latents, which are the tokens; a causal semantic decoder
-expands them, one after another, to wide features, which a language model reads; a pixel decoder paints those features.
+Three transformers in a row: a low-level encoder computes compact latents, which are the tokens; a causal semantic
+decoder expands them to wide features, which a language model reads; a pixel decoder turns these features into pixels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PIXEL = StageConfig(1024, 24, 16)
 
 
 class MingTok(Tokenizer):
-    """Images of any size that patches divide; the position table is resized for others than ``image_size``.
+    """A raster of continuous latents; any image whose sides are multiples of ``patch_size`` encodes.
+
+    The position table is resized for other sizes than ``image_size``.
 
     Args:
         image_size: side of the images, or (height, width), that the position table is made for.
@@ -44,7 +46,7 @@ class MingTok(Tokenizer):
         pixel_patch_size: side of the patches of the pixel decoder; divides ``patch_size``.
         encoder, semantic_decoder, pixel_decoder: the three transformers.
         latent_dim: channels d of a token.
-        latent_mean, latent_scale: of the standardised latents, see ``LatentScale``.
+        latent_mean, latent_scale: standardisation of the latents, see ``LatentScale``.
         mask_ratio: share of the patches that a second training pass masks (masked image modelling, section 2.2), in
             [0, 1); 0 leaves that pass out.
 
@@ -126,7 +128,7 @@ class MingTok(Tokenizer):
 
     @property
     def raster_features(self) -> Mapping[str, int]:
-        """ "latents" and "semantic", for teachers of low-level and of semantic features (section 2.2)."""
+        """ "latents" and "semantic", for frozen encoders of low-level and of semantic features (section 2.2)."""
         return {"latents": self.encoder.latent_dim, "semantic": self.semantic_decoder.norm.normalized_shape[0]}
 
     @property
@@ -134,12 +136,12 @@ class MingTok(Tokenizer):
         return self.pixel_decoder.head.weight
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) to raw latents (B, N + 1, d), the class latent last."""
+        """Pixels (B, C, H, W) to raw latents (B, N + 1, d); the latent of the class token is the last."""
         self.check_pixels(pixels)
         return self.encoder(pixels)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        """Pixels to standardised latents (B, N, d) of the patches, in raster order; nothing is drawn."""
+        """Pixels to standardised latents (B, N, d) of the patches, in raster order; ``draws`` is unused."""
         self.check_condition(condition)
         return finite_latents(self.scale.standardise(self.latents(pixels)[:, :-1]))
 
@@ -152,7 +154,7 @@ class MingTok(Tokenizer):
         return SemanticExpander(self.semantic_decoder, self.scale, self.spec)
 
     def semantic_features(self, tokens: Tensor) -> Tensor:
-        """Standardised latents (B, N, d) to semantic features (B, N, D): what a language model reads of an image."""
+        """Standardised latents (B, N, d) to the semantic features (B, N, D) that a language model reads."""
         return self.expander().expand(tokens)
 
     def decode(
@@ -161,7 +163,7 @@ class MingTok(Tokenizer):
         """Standardised latents (B, N, d) to pixels (B, C, H, W).
 
         Args:
-            grid: (h, w) of the tokens; None is that of ``spec``, or a square one for another number of tokens.
+            grid: (h, w) of the tokens; None is that of ``spec``, or a square for another number of tokens.
 
         Raises:
             ValueError: tokens of another tokenizer, or a grid that does not hold them.
@@ -192,8 +194,8 @@ class MingTok(Tokenizer):
     ) -> TokenizerOutput:
         """Features "latents" (B, N, d) and "semantic" (B, N, D).
 
-        With masks among the draws, a second pass sees images with masked patches: its reconstruction "masked" counts
-        where patches were seen, and the features are those of that pass and count where they were not.
+        With masks among the draws, a second pass reads images with masked patches. Its reconstruction "masked" is
+        compared at the visible patches; the features are those of this pass and are compared at the masked patches.
         """
         self.check_condition(condition)
         grid = self.check_pixels(pixels).grid
@@ -224,17 +226,17 @@ class MingTok(Tokenizer):
         return ranks < min(max(1, round(self.mask_ratio * count)), max(1, count - 1))
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "mask" (B, N): the rank of each patch; those of the lowest are masked."""
+        """ "mask" (B, N): a rank for each patch; the lowest ranks are masked."""
         return {"mask": keys.permutation("mask", self.spec.length)} if self.mask_ratio else {}
 
     @torch.no_grad()
     def standardise(self, pixels: Tensor) -> None:
-        """One mean and one scale for all channels, as released."""
+        """Set one mean and one scale for all channels, as in the released model."""
         raw = torch.cat([self.latents(part)[:, :-1] for part in pixels.split(8)]).double()
         statistics = {"latent_mean": raw.mean().item(), "latent_scale": 1 / max(raw.std().item(), 1e-6)}
         device = self.scale.mean.device
         self.scale = LatentScale(self.encoder.latent_dim, *statistics.values()).to(device)
-        self._arguments |= statistics
+        self.change_arguments(**statistics)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

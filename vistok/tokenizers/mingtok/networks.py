@@ -13,31 +13,25 @@ from torch.nn import functional as F
 from vistok.nn.attention import GrowingCache
 from vistok.nn.containers import ModuleList
 from vistok.nn.positions import resized_grid
-from vistok.nn.vit import FeedForward, ViTBlock
+from vistok.nn.vit import FeedForward, TransformerSize, ViTBlock
 
 EPS = 1e-6
 POSITION_OFFSET = 0.1
-"""By how many rows and columns the released encoder's position table is resized too far."""
+"""``offset`` with which the released encoder resizes its position table, see ``resized_grid``."""
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(TransformerSize):
     """The size of one of the transformers.
 
     Attributes:
-        dim: width.
-        num_layers: blocks.
-        num_heads: attention heads.
         feed_forward: as in ``ViTBlock``.
     """
 
-    dim: int
-    num_layers: int
-    num_heads: int
     feed_forward: FeedForward = "gelu"
 
     def blocks(self) -> ModuleList:
-        """The blocks of the transformer: pre-norm, without positions of any kind."""
+        """The blocks of the transformer: pre-norm, without positions."""
         return ModuleList(
             ViTBlock(self.dim, self.num_heads, eps=EPS, feed_forward=self.feed_forward) for _ in range(self.num_layers)
         )
@@ -93,13 +87,13 @@ class LowLevelEncoder(nn.Module):
         return torch.cat([patches, self.class_token.expand(len(patches), -1, -1)], 1) + positions
 
     def transform(self, x: Tensor) -> Tensor:
-        """The residual stream (B, N + 1, D) behind the last block."""
+        """The residual stream (B, N + 1, D) after the last block."""
         for block in self.blocks:
             x = block(x)
         return x
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Raw latents (B, N + 1, d): the mean of neighbouring channels, plus what a layer makes of the stream."""
+        """Raw latents (B, N + 1, d): means of groups of neighbouring channels, plus a projection of the stream."""
         groups = hidden.unflatten(-1, (self.latent_dim, -1)).mean(-1)
         return groups + self.output(F.gelu(self.norm(hidden)))
 
@@ -108,12 +102,12 @@ class LowLevelEncoder(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """Raw latents (B, n, d) to semantic features (B, n, D), each from its own and the earlier latents.
+    """Raw latents (B, n, d) to semantic features (B, n, D), each computed from its own and earlier latents.
 
-    Nothing but causality tells the order of the latents.
+    There are no positions: the causal mask alone determines the order of the latents.
 
     Args:
-        config: the transformer, whose width must be a multiple of ``latent_dim``.
+        config: the transformer; its width must be a multiple of ``latent_dim``.
         latent_dim: d.
     """
 
@@ -127,14 +121,15 @@ class SemanticDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim, EPS)
 
     def embed(self, latents: Tensor) -> Tensor:
-        """The input of the blocks (B, n, D): what a layer makes of the latents, plus each channel several times."""
+        """The input of the blocks (B, n, D): a projection of the latents, plus each channel repeated."""
         return self.input(latents) + latents.repeat_interleave(self.copies, -1)
 
     def forward(self, latents: Tensor, past: int = 0, caches: Sequence[GrowingCache] | None = None) -> Tensor:
-        """
+        """Expand latents (B, n, d).
+
         Args:
-            past: number of latents that the caches have seen.
-            caches: of each block, which remember these latents too.
+            past: number of latents in the caches.
+            caches: one per block, to which these latents are appended; None has no cache.
         """
         x, count = self.embed(latents), latents.shape[1]
         mask = None
@@ -147,12 +142,12 @@ class SemanticDecoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Semantic features (B, h * w, D) of a grid to pixels (B, C, H, W): each is spread over r x r finer tokens.
+    """Semantic features (B, h * w, D) of a grid to pixels (B, C, H, W); each feature becomes r x r finer tokens.
 
     Args:
         config: the transformer.
         semantic_dim: D.
-        ratio: r, finer tokens per side of a coarse one.
+        ratio: r, finer tokens per side of a semantic feature.
         patch_size: side of the patch of a finer token.
         in_channels: C.
     """
@@ -172,7 +167,7 @@ class PixelDecoder(nn.Module):
         return rearrange(cells, "b (h w) (y x c) -> b (h y w x) c", h=grid[0], w=grid[1], y=r, x=r)
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """The patches (B, P, p * p * C) that finer tokens (B, P, D') stand for."""
+        """Finer tokens (B, P, D') to the pixels of their patches (B, P, p * p * C)."""
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(self.norm(tokens))

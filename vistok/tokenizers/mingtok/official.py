@@ -1,4 +1,4 @@
-"""What the reference of MingTok calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of MingTok into ours."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ WITHOUT_EFFECT = {
     "torch_dtype": "the type of numbers, which callers choose",
     "transformers_version": "of the reference's libraries",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 FEED_FORWARDS: dict[str, FeedForward] = {"swiglu": "swiglu", "swiglufused": "swiglu", "mlp": "gelu"}
 
 
 def arguments(given: OfficialConfig) -> dict[str, Any]:
-    """Our constructor's arguments."""
+    """Our constructor arguments for the reference\'s config."""
     encoder = _stage(given, "low_level_encoder", "depth")
     semantic = _stage(given, "semantic_decoder", "decoder_depth")
     pixel = _stage(given, "pixel_decoder", "decoder_depth", has_choice=False)
@@ -99,9 +99,9 @@ def _stage(given: OfficialConfig, part: str, depth: str, *, has_choice: bool = T
 
 
 SURPLUS = ("target_backbone",)
-"""First letters of keys of training files that are no part of the tokenizer: the teacher."""
+"""Prefix of the teacher's keys in training files, which are no part of the tokenizer."""
 JOINT_PREFIX = "vision."
-"""Before the keys of the tokenizer in files of Ming-UniVision, which hold a further trained one."""
+"""Prefix of the tokenizer's keys in files of Ming-UniVision, which hold a further trained tokenizer."""
 
 OFFICIAL_NAMES = [
     (r"low_level_encoder\.cls_token", r"encoder.class_token"),
@@ -123,7 +123,7 @@ BLOCK_NAMES = [
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tokenizer's part of a file: of Ming-UniVision the one behind its prefix, of training files all but the
+    """The tokenizer's part of a file: of Ming-UniVision the keys with ``JOINT_PREFIX``, of training files all but the
     teacher."""
     if any(key.startswith(JOINT_PREFIX) for key in state):
         state = {key.removeprefix(JOINT_PREFIX): state[key] for key in state if key.startswith(JOINT_PREFIX)}
@@ -131,7 +131,7 @@ def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names; both halves of its gated layers apart."""
+    """The reference's state dict under our names; fused gated layers become two layers."""
     renamed = {}
     for key, tensor in rename(rename(state, OFFICIAL_NAMES), BLOCK_NAMES).items():
         stem, found, kind = key.partition(".mlp.w12.")

@@ -24,8 +24,8 @@ from vistok.types import TokenSpec
 class OpenMAGVIT2(ConvTokenizer):
     """A raster of 2 ** bits ids without a codebook; any image whose sides are multiples of the stride encodes.
 
-    The stride is 2 ** (levels - 1). There is no attention. Every level of the decoder begins with a norm whose scale
-    and shift are read from the code map.
+    The stride is 2 ** (levels - 1). There is no attention. Every level of the decoder begins with a group norm whose
+    scale and shift are computed from the code map.
 
     Args:
         image_size: side of the images that ``spec`` describes, or (height, width).
@@ -33,16 +33,16 @@ class OpenMAGVIT2(ConvTokenizer):
         channels: base width of encoder and decoder.
         channel_mult: width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level, and in the middle.
-        bits: channels of a code; an id has as many bits.
+        bits: channels of a code, and bits of an id.
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
+        position_weight, usage_weight: weights of the two entropies in that term, see ``EntropyLoss``.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``bits`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``bits`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, images of a single token, or widths that norm_groups does
-            not divide.
+        ValueError: sides that are not multiples of the stride, images of a single token, or widths that norm_groups
+            does not divide.
     """
 
     registry_name = "open_magvit2"
@@ -122,5 +122,5 @@ class OpenMAGVIT2(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The moving averages where the file has them, as in the published scores; without the losses' networks."""
+        """The moving averages where the file has them, as in the published scores, without the networks of losses."""
         return first_stage(state)

@@ -1,4 +1,4 @@
-"""The reference's arguments and names (github.com/TencentARC/SEED-Voken)."""
+"""Translates the reference's arguments and state dict (github.com/TencentARC/SEED-Voken) into ours."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WITHOUT_EFFECT = {
     "token_factorization": "how a generator splits the ids",
     "factorized_bits": "how a generator splits the ids",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def config(channel_mult: tuple[int, ...], bits: int) -> dict[str, Any]:
-    """The reference's arguments of a released tokenizer."""
+    """The reference's arguments for a released tokenizer."""
     sizes = {"ch": 128, "ch_mult": list(channel_mult), "num_res_blocks": 4}
     return {
         "ddconfig": {"z_channels": bits, "in_channels": 3, "out_ch": 3, **sizes},
@@ -36,7 +36,7 @@ def config(channel_mult: tuple[int, ...], bits: int) -> dict[str, Any]:
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of the reference's.
+    """Our constructor arguments for those of the reference.
 
     Raises:
         CheckpointError: keys that are unknown or not supported.
@@ -71,7 +71,8 @@ def our_names(state: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of the reference's clips as those of its images: each causal convolution is wrapped there."""
+    """Keys of the reference's video tokenizer as keys of its image tokenizer: a wrapper around every causal convolution
+    is removed."""
     return rename(state, [(r"(.+)\.conv_1\.(\w+)", r"\1.\2")])
 
 

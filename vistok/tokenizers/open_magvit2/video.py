@@ -1,4 +1,4 @@
-"""Open-MAGVIT2's tokenizer of clips: that of images with causal convolutions in time."""
+"""Open-MAGVIT2's video tokenizer: the image tokenizer with causal convolutions in time."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from vistok.types import TokenSpec
 class OpenMAGVIT2Video(ConvTokenizer):
     """A box (t, h, w) of 2 ** bits ids without a codebook, of clips (B, C, T, H, W).
 
-    A level whose ``channel_mult`` is 1 halves the sides alone, and the others time, too, but for the deepest, which
-    halves nothing. With n levels that halve time a clip has 1 + k 2 ** n frames and 1 + k tokens in time. Convolutions
-    do not look ahead; group norms read the whole clip. Arguments that are not explained here are those of
-    ``OpenMAGVIT2``.
+    Every level but the deepest halves the sides; if its ``channel_mult`` is not 1, it halves time too. If n levels
+    halve time, a clip has 1 + k 2 ** n frames and 1 + k tokens in time. Convolutions are causal; group norms read the
+    whole clip. Arguments that are not listed here are those of ``OpenMAGVIT2``.
 
     Args:
         num_frames: frames of the clips that ``spec`` describes.
-        quantizer: as there, but for those of growing grids, which are of images.
+        quantizer: as in ``OpenMAGVIT2``, but not a multi-scale one, which needs images.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, another number of frames, or widths that norm_groups does
-            not divide.
+        ValueError: sides that are not multiples of the stride, another number of frames, or widths that norm_groups
+            does not divide.
     """
 
     registry_name = "open_magvit2_video"
@@ -115,7 +114,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
 
     @property
     def raster_features(self) -> Mapping[str, int]:
-        """None: tokens lie in a box, not on a raster of one image."""
+        """No features: tokens lie in a box (t, h, w), not on the raster of one image."""
         return {}
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -144,5 +143,5 @@ class OpenMAGVIT2Video(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The moving averages where the file has them, as in the published scores; without the losses' networks."""
+        """The moving averages where the file has them, as in the published scores, without the networks of losses."""
         return first_stage(state)

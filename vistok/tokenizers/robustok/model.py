@@ -1,10 +1,10 @@
-"""RobusTok: a raster of 16x16 codes between two DINOv2 transformers, trained to bear errors of the generator.
+"""RobusTok: a raster of 16x16 codes between two DINOv2 transformers, trained to tolerate errors of the generator.
 
 Papers: Image Tokenizer Needs Post-Training (arXiv 2509.12474) and Robust Latent Matters (arXiv 2503.08354). Official
 weights and conventions: github.com/qiuk2/RobusTok.
 
 The perturbation of latents is an option of every vector quantizer (``vistok.quantizers.perturbation``), and
-post-training a task for every tokenizer; what is RobusTok's own is this network.
+post-training is a task for every tokenizer. This module holds RobusTok's network.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class RobusTok(Tokenizer):
         codebook_size: number of codes.
         codebook_embed_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
-        drop_path: share of samples whose branch the last block leaves out in training; earlier ones have less.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
+        drop_path: share of samples whose branches are dropped in the last block in training, rising linearly from 0.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: a size that patches do not divide, or a number of tokens that is no square.
@@ -125,7 +125,7 @@ class RobusTok(Tokenizer):
         return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, N), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
+        """Ids (B, N), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not N of them.
@@ -158,9 +158,8 @@ class RobusTok(Tokenizer):
         return self.pre_quant.in_features
 
     def project_semantic(self, features: Tensor) -> Tensor:
-        """Features (B, D) of a frozen transformer of the encoder's width, as the latents are projected: (B, code dim).
-
-        The semantic loss compares them with the mean of the quantized latents.
+        """Project features (B, D) of a frozen transformer of the encoder's width to (B, code dim), with the layer that
+        projects the latents. The semantic loss compares them with the mean of the quantized latents.
         """
         return self.pre_quant(features)
 
@@ -175,15 +174,15 @@ class RobusTok(Tokenizer):
 
 
 def from_backbone(backbone: Any, **arguments: Any) -> RobusTok:
-    """A new tokenizer whose encoder and decoder begin with the weights of a vision transformer of timm.
+    """A new tokenizer whose encoder and decoder start with the weights of a vision transformer of timm.
 
     Args:
         backbone: for example ``timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=True, img_size=256,
             patch_size=16, num_classes=0)``, which resamples patches and positions.
-        arguments: others of ``RobusTok``.
+        arguments: further arguments of ``RobusTok``, which override the sizes of the backbone.
 
     Raises:
-        CheckpointError: another kind of transformer.
+        CheckpointError: weights that do not fit, of another kind of transformer.
         ValueError: arguments that do not fit.
     """
     size: dict[str, Any] = {

@@ -22,7 +22,7 @@ class ViTBackbone(nn.Module):
 
     Args:
         grid: (h, w) of the positions.
-        drop_path: of the last block, rising evenly from 0.
+        drop_path: rate of the last block; rates rise linearly from 0.
     """
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, grid: Grid, drop_path: float):
@@ -39,7 +39,8 @@ class ViTBackbone(nn.Module):
         nn.init.normal_(self.class_token, std=1e-6)
 
     def place(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, n, D) of a square or of the own grid, behind the class token, with positions: (B, 1 + n, D)."""
+        """Prepend the class token to tokens (B, n, D) and add positions: (B, 1 + n, D). The tokens lie on the own grid,
+        or on a square one."""
         x = torch.cat([self.class_token.to(tokens).expand(len(tokens), -1, -1), tokens], 1)
         return x + self._positions(tokens.shape[1])
 
@@ -52,7 +53,7 @@ class ViTBackbone(nn.Module):
         return torch.cat([self.positions[:, :1], rearrange(table, "1 d h w -> 1 (h w) d")], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) through all blocks and the norm."""
+        """Apply all blocks and the norm to x (B, N, D)."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -61,8 +62,8 @@ class ViTBackbone(nn.Module):
 class Encoder(nn.Module):
     """Pixels (B, C, H, W) to features of the latent tokens, (B, N, D).
 
-    The latent tokens lie on a square raster and share the positions of the patches; what tells them apart is a level
-    embedding.
+    The latent tokens lie on a square raster and share the positions of the patches; a level embedding distinguishes
+    them from the patches.
     """
 
     def __init__(self, backbone: ViTBackbone, dim: int, patch_size: int, in_channels: int, num_tokens: int):
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Code features (B, N, D) to pixels (B, C, H, W), in the places of mask tokens."""
+    """Code features (B, N, D) to pixels (B, C, H, W), which are read at mask tokens."""
 
     def __init__(self, backbone: ViTBackbone, dim: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         h, w = self.backbone.grid
         masks = self.backbone.place(self.mask_token.expand(len(codes), h * w, -1))
         levels = self.level_embedding.weight
-        # Both parts keep a class token here.
+        # Unlike in the encoder, both parts keep a class token.
         x = self.backbone(torch.cat([masks + levels[0], self.backbone.place(codes) + levels[1]], 1))
         patches = self.to_pixels(x[:, 1 : 1 + h * w])
         p = self.patch_size

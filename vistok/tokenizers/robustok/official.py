@@ -1,4 +1,4 @@
-"""What the reference of RobusTok calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of RobusTok into ours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
     "delta": _PERTURBATION,
     "epoch": _PERTURBATION,
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 RELEASED = {
     "model_args": {
@@ -48,7 +48,7 @@ RELEASED = {
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments.
+    """Our constructor arguments for the reference\'s config.
 
     Raises:
         CheckpointError: a key that is missing, unknown, or of a value that is not supported.
@@ -91,8 +91,8 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return taken
 
 
-# What a file holds beside the model: the frozen guide of the semantic loss, which level each place of a sequence
-# belongs to, and how often codes were chosen.
+# Prefixes of keys that are no part of the model: the frozen encoder of the semantic loss, the level of each position,
+# and usage counts of the codes.
 TRAINING_ONLY = ("semantic_model.", "encoder.lvl1LC", "decoder.lvl1LC", "quantize.ema_vocab_hit_SV")
 
 OFFICIAL_NAMES = [
@@ -114,7 +114,7 @@ OFFICIAL_NAMES = [
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names, without what only its training needs."""
+    """The reference's state dict under our names, without keys that only its training needs."""
     renamed = rename({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, OFFICIAL_NAMES)
     points = ("pre_quant.weight", "post_quant.weight")  # 1x1 convolutions, linear layers here
     return {key: value.flatten(1) if key in points and value.ndim == 4 else value for key, value in renamed.items()}

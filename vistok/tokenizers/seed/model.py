@@ -1,10 +1,10 @@
-"""SEED: an image as causal semantic ids, which a language model reads and writes.
+"""SEED: an image as causal semantic ids, for language models that understand and generate images.
 
 Papers: Planting a SEED of Vision in Large Language Model (arXiv 2307.08041); Making LLaMA SEE and Draw with SEED
 Tokenizer (arXiv 2310.01218), whose tokenizer this is. Official weights and conventions: github.com/AILab-CVC/SEED.
 
 A causal Q-Former reads the tokens of a frozen vision transformer; its outputs are quantized. The codes are decoded to
-one image embedding, which a diffusion model can render. There are no pixels in the tokenizer.
+one image embedding, which a diffusion model can render. The tokenizer itself renders no pixels.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from vistok.utils.sides import image_sides
 class SEED(Tokenizer):
     """Images to ids by a causal Q-Former over a frozen vision transformer, and ids to an image embedding.
 
-    Training has two stages. In the first the Q-Former learns to tell texts by its last query (the loss "text_contrast",
-    section 3.1, with ``freeze_qformer`` False); in the second it is frozen, and codes and decoder learn (section 3.2).
+    Training has two stages. The first trains the Q-Former to match its last query with texts (the loss "text_contrast",
+    section 3.1, with ``freeze_qformer`` False); the second freezes it and trains codes and decoder (section 3.2).
 
     Args:
         image_size: side of the images, or (height, width).
         in_channels: 3; the frozen transformers read colours.
-        tower: the vision transformer whose tokens are read; None is without: then features are given.
-        target_tower: the one whose embeddings are decoded to, with a head of ``target_dim`` channels; it gives the
-            loss term "image". None leaves that term out.
+        tower: the vision transformer whose tokens are read; None is for models that are given features.
+        target_tower: the network whose embeddings, of ``target_dim`` channels, are the target of the decoder; it gives
+            the loss term "image". None leaves that term out.
         context_dim: channels C of the vision transformer's tokens.
         dim, num_layers, num_heads, mlp_dim: of the Q-Former.
         num_queries: tokens L of an image.
-        cross_attention_every: k: layers 0, k, 2k, ... of a Q-Former read the context.
-        causal: a query sees itself and earlier ones alone.
+        cross_attention_every: k: layers 0, k, 2k, ... of a Q-Former have cross-attention.
+        causal: whether a query attends only to itself and earlier ones.
         freeze_qformer: whether the Q-Former, and the norm before it, keep their weights.
         codebook_size, code_dim: number of codes, and channels of one.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
-        num_blocks, block_heads: of the two stacks of transformer blocks behind the codes.
-        reverse_layers: layers of the reverse Q-Former, which makes the embedding with one query; None makes it of all
-            tokens, narrowed by ``image_down``.
-        image_down: widths of the linears that narrow a token where there is no reverse Q-Former.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
+        num_blocks, block_heads: of the two stacks of transformer blocks after the codes.
+        reverse_layers: layers of the reverse Q-Former, which computes the embedding with one query. None computes it
+            from all tokens, narrowed by ``image_down``.
+        image_down: widths of the linear layers that narrow each token if there is no reverse Q-Former.
         target_dim: channels E of the image embedding.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``code_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``code_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: another number of channels, a tower of another width than ``context_dim``, or a count below 1.
@@ -169,12 +169,12 @@ class SEED(Tokenizer):
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Those of the quantizer, its own "codebook" and "commitment"; "query" and, with a target tower, "image"."""
+        """The terms of the quantizer, by default "codebook" and "commitment"; "query"; with a target tower "image"."""
         return (*self.quantizer.loss_terms, "query", *(("image",) if self.target_tower is not None else ()))
 
     @property
     def summary_features(self) -> Mapping[str, int]:
-        """The Q-Former's outputs: the last query has seen all others (section 3.1)."""
+        """The Q-Former's outputs: the last query attends to all others (section 3.1)."""
         return {"queries": self.qformer.queries.shape[2]}
 
     def target_features(self, pixels: Tensor) -> Tensor:
@@ -221,12 +221,20 @@ class SEED(Tokenizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
             return self.qformer(self.vision_norm(features))
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, L, code_dim), before quantization.
+
+        Raises:
+            ValueError: as ``features``.
+        """
+        return self.to_latents(self.query_features(self.features(pixels)))
+
     def encode_features(self, features: Tensor) -> Tensor:
         """Vision features (B, T, C), before their norm, to ids (B, L)."""
         return self.quantize(self.to_latents(self.query_features(features)))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        """Pixels in [-1, 1] to ids (B, L); nothing is drawn.
+        """Pixels in [-1, 1] to ids (B, L); ``draws`` is unused.
 
         Raises:
             ValueError: pixels of another size, or a model without a tower.
@@ -240,7 +248,7 @@ class SEED(Tokenizer):
         return super().decode(tokens)
 
     def decode_features(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L), or those of scales (see ``dequantize``), to image embeddings (B, E), not normalised.
+        """Ids (B, L), or multi-scale ids (see ``dequantize``), to image embeddings (B, E), not normalised.
 
         Raises:
             ValueError: ids out of range, or another number of them.
@@ -263,7 +271,7 @@ class SEED(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """Losses, and the features of ``forward_features``; the target embedding is that of ``target``, or of pixels.
+        """As ``forward_features``, with the embedding of ``target``, or else of the pixels, as its target.
 
         Raises:
             ValueError: as ``encode``.
@@ -279,10 +287,10 @@ class SEED(Tokenizer):
     ) -> TokenizerOutput:
         """The training pass from vision features (B, T, C).
 
-        Losses: those of the quantizer, "codebook" and "commitment" (B, L) of its own; "query" (B, L), 1 - cosine of the
-        Q-Former's outputs and what the codes are decoded to; with a ``target`` (B, E), "image" (B,), the mean squared
-        distance to it. Features: "queries" and "latents" (B, L, D), "quantized" (B, L, code_dim) and "image_embedding"
-        (B, E). The paper weights the terms 5 * (commitment + 0.25 * codebook) + 2 * query + 0.5 * image.
+        Losses: those of the quantizer, by default "codebook" and "commitment" (B, L); "query" (B, L), 1 - the cosine of
+        the Q-Former's outputs and the decoded codes; with a ``target`` (B, E), "image" (B,), the mean squared error
+        of the image embedding. Features: "queries" (B, L, D), "latents" and "quantized" (B, L, code_dim), and
+        "image_embedding" (B, E). The paper's loss is 5 * (commitment + 0.25 * codebook) + 2 * query + 0.5 * image.
 
         Raises:
             ValueError: a target of another shape.
@@ -302,12 +310,12 @@ class SEED(Tokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop what reads text, and buffers."""
+        """Drop the weights that read text, and buffers."""
         return official.own_keys(state)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        """``config`` has the sizes; which of the two decoders it is, and what is not in it, the keys tell."""
+        """Build from the sizes in ``config``; the keys of the weights tell the kind of decoder and the other sizes."""
         given = OfficialConfig(config, official.without_effect(state_dict))
         arguments = official.arguments(given, state_dict)
         given.finish()

@@ -1,4 +1,4 @@
-"""The parts of SEED: frozen towers, the Q-Former, and the blocks behind the codes (arXiv 2307.08041, section 3)."""
+"""The networks of SEED: frozen towers, the Q-Former, and the blocks after the codes (arXiv 2307.08041, section 3)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ BERT_EPS = 1e-12
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A vision transformer of timm, built without weights; those are part of the saved model. Or "efficientnet_lite0",
-    which brings its weights (``losses.efficientnet``): its features of stride 16 are the tokens, and the mean of those
-    of stride 32 the embedding.
+    """Config of a frozen network that reads images: a vision transformer of timm, or "efficientnet_lite0".
+
+    timm's models are built without weights; the weights are part of the saved model. "efficientnet_lite0" brings its
+    own (``losses.efficientnet``): its features of stride 16 are the tokens; the mean of those of stride 32 is the
+    embedding.
 
     Attributes:
-        name: its name in timm.
-        dim, num_layers, num_heads, patch_size: in place of the model's own.
-        resize_to: side to which "efficientnet_lite0" gets images resized, bicubic; None leaves them.
+        name: name in timm, or "efficientnet_lite0".
+        dim, num_layers, num_heads, patch_size: sizes that override those of timm's model.
+        resize_to: side to which images are resized (bicubic) for "efficientnet_lite0"; None keeps their size.
     """
 
     name: str
@@ -51,16 +53,16 @@ class TowerConfig:
 
 
 class Tower(nn.Module):
-    """A frozen network that reads pixels in [-1, 1]; a transformer with CLIP's colour statistics (arXiv 2103.00020).
+    """A frozen network that reads pixels in [-1, 1]. Transformers get CLIP's colour statistics (arXiv 2103.00020).
 
     Args:
-        config: the transformer.
+        config: the network.
         image_size: (height, width) of the pixels.
-        embedding_dim: channels E of the pooled and projected embedding that it gives; None gives the tokens before
-            the final norm instead.
+        embedding_dim: channels E of the pooled and projected embedding that is returned; None returns the tokens
+            before the final norm instead.
 
     Raises:
-        ValueError: timm knows no such model, or it is no vision transformer.
+        ValueError: a model that timm does not have or that is no vision transformer, or sizes that do not fit.
     """
 
     model: Any  # timm's models do not declare their attributes
@@ -117,13 +119,13 @@ class Tower(nn.Module):
         return self._features
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     def read(self, file: str | Path) -> None:
         """Read weights from a local ``file`` (safetensors or torch) under timm's names.
 
-        What follows the last block may be in the file where this tower has no use for it.
+        Weights of layers after the last block are ignored if this tower returns tokens.
 
         Raises:
             CheckpointError: the file is absent, damaged, or of another transformer.
@@ -146,12 +148,12 @@ class Tower(nn.Module):
 
 
 class PostNormAttention(nn.Module):
-    """Attention of BERT (arXiv 1810.04805), the norm behind the residual: (B, N, D) -> same.
+    """Attention of BERT (arXiv 1810.04805), with the norm after the residual: (B, N, D) -> same.
 
     Args:
         dim: width D.
-        num_heads: heads; they divide dim.
-        context_dim: channels of what keys and values are made of; D if None.
+        num_heads: heads; must divide dim.
+        context_dim: channels of the context, from which keys and values are computed; D if None.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
@@ -166,7 +168,7 @@ class PostNormAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, *, causal: bool = False) -> Tensor:
         projected = self.query(x), self.key(context), self.value(context)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
-        return self.norm(self.out(attend(q, k, v, None, causal)) + x)
+        return self.norm(self.out(attend(q, k, v, causal=causal)) + x)
 
 
 class QFormerLayer(nn.Module):
@@ -176,7 +178,7 @@ class QFormerLayer(nn.Module):
         dim, num_heads: width D and heads.
         mlp_dim: hidden width of the feed-forward.
         context_dim: channels C of the context; None leaves the cross-attention out.
-        causal: whether a query sees only itself and earlier ones.
+        causal: whether a query attends only to itself and earlier ones.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, context_dim: int | None, causal: bool):
@@ -201,8 +203,8 @@ class QFormer(nn.Module):
         dim, num_layers, num_heads: width D, layers and heads.
         mlp_dim: hidden width of the feed-forward.
         context_dim: channels C.
-        cross_attention_every: k: layers 0, k, 2k, ... read the context.
-        causal: whether a query sees only itself and earlier ones.
+        cross_attention_every: k: layers 0, k, 2k, ... have cross-attention to the context.
+        causal: whether a query attends only to itself and earlier ones.
     """
 
     def __init__(
@@ -253,7 +255,7 @@ def bottleneck(dim: int, inner: int, out: int) -> nn.Sequential:
 
 
 def narrowing(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """Linears without biases from ``dim`` to each of ``widths`` in turn, with ReLU between them."""
+    """Linear layers without biases from ``dim`` to each of ``widths`` in turn, with ReLU between them."""
     layers: list[nn.Module] = []
     for wide, narrow in zip((dim, *widths), widths):
         layers += [nn.Linear(wide, narrow, bias=False), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""What the reference of SEED calls things: its sizes and its state dict."""
+"""Translates sizes and state dict of the reference of SEED into ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RELEASED = {
 """The sizes of the second tokenizer, which the reference hard-codes."""
 
 CAUSAL_QUERIES = 32
-"""The reference masks self-attention for this number of queries alone."""
+"""The reference masks self-attention only for this number of queries."""
 
 TOWER, TOWER_HEADS = "eva_giant_patch14_224", 16
 
@@ -35,7 +35,7 @@ _TEXT = re.compile(
     r"(Qformer|Reverse_Qformer)\.(cls\..*|bert\.embeddings\.(position_ids|(word|position|token_type)_embeddings\..*)"
     r"|bert\.encoder\.layer\.\d+\.(intermediate|output)\..*|bert\.pooler\..*)|(vision_proj|text_proj|itm_head)\..*|temp"
 )
-"""Keys of what reads text in the first stage of training, and of buffers."""
+"""Keys of layers that read text in the first stage of training, and of buffers."""
 
 _QFORMERS = {"Qformer": "qformer", "Reverse_Qformer": "reverse"}
 _NAMES = tuple(
@@ -80,7 +80,7 @@ OFFICIAL_NAMES = (
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without what reads text, and without buffers."""
+    """The state dict without layers that read text, and without buffers."""
     return {key: tensor for key, tensor in state.items() if not _TEXT.fullmatch(key)}
 
 
@@ -105,12 +105,12 @@ def has_reverse(state: Mapping[str, Tensor]) -> bool:
 
 
 def without_effect(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Keys of the config that change nothing of what the model of this ``state`` computes, each with the reason."""
+    """Keys of the config that do not change what the model of this ``state`` computes, each with the reason."""
     return {} if has_reverse(state) else {"reverse_layers": "there is no reverse Q-Former"}
 
 
 def arguments(given: OfficialConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our constructor's arguments.
+    """Our constructor arguments for the reference\'s config.
 
     Raises:
         CheckpointError: weights that are missing, or a config of another form of the decoder.
@@ -143,7 +143,7 @@ def arguments(given: OfficialConfig, state: Mapping[str, Tensor]) -> dict[str, A
 
 
 def _cross_attention_every(state: Mapping[str, Tensor]) -> int:
-    """How many layers there are from one with cross-attention to the next; 2 where there is but one."""
+    """The distance between layers with cross-attention; 2 if there is only one such layer."""
     pattern = re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight")
     layers = sorted(int(match[1]) for key in state if (match := pattern.fullmatch(key)))
     return layers[1] - layers[0] if len(layers) > 1 else 2

@@ -1,25 +1,25 @@
-"""TiTok: an image is 32 to 256 tokens in a row, not a raster.
+"""TiTok: an image as a sequence of 32 to 256 tokens without a raster.
 
 Paper: An Image is Worth 32 Tokens for Reconstruction and Generation (arXiv 2406.07550). Official weights and
 conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
 
-The two-stage models predict the codes of a frozen MaskGIT-VQGAN in their first stage and learn pixels in the second,
-through a decoder of such codes of their own. The later single-stage ones (arXiv 2501.07730) predict pixels at once.
+Two-stage models predict the codes of a frozen MaskGIT-VQGAN in the first stage; the second stage trains a decoder from
+such codes to pixels. The later single-stage models (arXiv 2501.07730) predict pixels directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
+from vistok.nn.initialisation import truncated_normal
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.quantizers.named import chosen_quantizer
@@ -37,7 +37,6 @@ from vistok.tokenizers.titok.networks import (
     Encoder,
     PixelHead,
     TransformerSize,
-    initialise,
     learned,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
@@ -45,6 +44,7 @@ from vistok.utils.devices import without_autocast
 from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides
 
+T = TypeVar("T")
 Bottleneck = Literal["vq", "vae"]
 Output = Literal["pixels", "codes", "codec"]
 
@@ -60,7 +60,9 @@ def _size(
 
 
 class TiTok(Tokenizer):
-    """Works in [0, 1] inside; public pixels are in [-1, 1].
+    """Images to a sequence of ids, or of continuous latents, without a raster.
+
+    The networks work on pixels in [0, 1]; public pixels are in [-1, 1].
 
     Args:
         image_size: side of the images, or (height, width).
@@ -73,20 +75,20 @@ class TiTok(Tokenizer):
         codebook_size: number of codes.
         codebook_l2_norm: compare and decode l2-normalised codes.
         codebook_clustering: in training, move rarely chosen codes to latents (arXiv 2307.15139).
-        output: "pixels" predicts pixels. "codes" is the first of two stages, which predicts codes of a codec (feature
+        output: "pixels" predicts pixels. "codes" is the first of two stages: it predicts codes of a codec (feature
             "code_logits") and renders no pixels. "codec" is the second: the expected codes are decoded by the codec's
-            decoder, which is a part of the model.
-        codec: that codec's codebook and decoder; used by "codes" and "codec".
-        init_std: of the weights at first; the reference's 0.02 suits its widths from 512 on. Narrow transformers pass
-            so little of an image on then that all images have the same tokens for hundreds of steps: take about
-            dim ** -0.5.
-        latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``token_dim`` channels. Other arguments of the codebook then have no effect.
+            decoder, which is part of the model.
+        codec: codebook and decoder of the codec; used by "codes" and "codec".
+        init_std: standard deviation of the initial weights. The reference's 0.02 suits its widths, which begin at 512.
+            Narrow transformers then pass on so little of an image that all images have the same tokens for hundreds of
+            steps: take about dim ** -0.5.
+        latent_mean, latent_scale: standardisation of the latents of "vae", see ``GaussianLatents``.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``token_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
-            bottleneck or output.
+        ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, an unknown
+            bottleneck or output, an ``init_std`` that is not positive, or a ``quantizer`` for a "vae".
     """
 
     registry_name = "titok"
@@ -111,7 +113,7 @@ class TiTok(Tokenizer):
     }
     native_range = (0.0, 1.0)
     truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
-    """The parts whose weights start from a truncated normal distribution; the others start as torch has them."""
+    """The parts whose weights start from a truncated normal distribution; others keep torch's initialisation."""
     sizes = {
         "l32": _size(LARGE, LARGE, 32, TWO_STAGE),
         "b64": _size(BASE, BASE, 64, TWO_STAGE),
@@ -186,10 +188,10 @@ class TiTok(Tokenizer):
             else CodeHead(decoder.dim, codec.codebook_size)
         )
         for name in self.truncated_normal:
-            getattr(self, name).apply(partial(initialise, std=init_std))
+            getattr(self, name).apply(partial(truncated_normal, std=init_std))
         self.renderer = CodecRenderer(codec, self.decoder_grid, in_channels) if output == "codec" else None
         if bottleneck == "vae":
-            self.quantizer = GaussianLatents(token_dim, latent_mean, latent_scale)
+            self.gaussian = GaussianLatents(token_dim, latent_mean, latent_scale)
             self._spec = TokenSpec(num_tokens, None, token_dim)
         else:
             self.quantizer = chosen_quantizer(
@@ -224,29 +226,22 @@ class TiTok(Tokenizer):
         decoder: Any = self.head if self.renderer is None else self.renderer.decoder
         return decoder.conv_out.weight
 
-    @property
-    def gaussian(self) -> GaussianLatents:  # type: ignore[override]  # computed
-        return self.quantizer
-
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
-        a "vae"."""
+        """Pixels (B, C, H, W) in [-1, 1] to the encoder's output: latents (B, N, D), or (B, N, 2D) means and
+        log-variances of a "vae"."""
         self.check_pixels(pixels)
         return self.encoder(self.to_native(pixels), self.latent_tokens)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        """Pixels to ids (B, N); of a "vae" to standardised latents (B, N, D), the mode or, with ``draws``, a sample."""
+        """Pixels to ids (B, N), or to standardised latents (B, N, D) of a "vae": the mode or, with ``draws``, a
+        sample."""
         self.check_condition(condition)
-        hidden = self.latents(pixels)
         if not self.has_posterior:
-            return self._in_full_precision(self.quantize, hidden)
-        chosen = self.quantizer.choose(*self.quantizer.moments(hidden), draws)
-        return finite_latents(self.quantizer.standardise(chosen))
+            return self._in_full_precision(self.quantize, self.latents(pixels))
+        return finite_latents(self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws)))
 
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        if not self.has_posterior:
-            return super().encode_moments(pixels)
-        return self.quantizer.standardised_moments(*self.quantizer.moments(self.latents(pixels)))
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gaussian.moments(self.latents(pixels)) if self.has_posterior else super().moments(pixels)
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, N), or standardised latents (B, N, D), to pixels (B, C, H, W).
@@ -264,7 +259,7 @@ class TiTok(Tokenizer):
         self.spec.check_latents(tokens)
         if tokens.shape[1] != self.spec.length:
             raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
-        return self.quantizer.restore(tokens)
+        return self.gaussian.restore(tokens)
 
     def decode_latents(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Codes or latents (B, N, D) to features of the decoder's patches, (B, P, W)."""
@@ -285,51 +280,32 @@ class TiTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """Terms "codebook", "commitment" (B, N), or "kl", nats per image (B,); features "latents", "quantized", and
-        "code_logits" (B, P, K) of "codes"."""
-        tokens, quantized, losses = self._bottleneck(self.latents(pixels), draws)
-        return self._rendered(self.decode_latents(quantized, condition), tokens, quantized, losses)
-
-    def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Tokens, the decoder's input, and loss terms, of what the encoder gives."""
-        if self.has_posterior:
-            mean, log_variance = self.quantizer.moments(hidden)
-            latents = self.quantizer.choose(mean, log_variance, draws)
-            kl = gaussian_kl(mean, log_variance).flatten(1).sum(1)
-            return self.quantizer.standardise(latents), latents, {"kl": kl}
-        output = self._in_full_precision(partial(self.quantizer, draws=draws), hidden)
-        return output.ids, output.quantized, output.losses
-
-    def _rendered(
-        self, features: Tensor, tokens: Tensor, quantized: Tensor, losses: dict[str, Tensor]
-    ) -> TokenizerOutput:
-        named = {"latents": quantized, "quantized": quantized}
+        """Loss terms: those of the quantizer, by default "codebook" and "commitment" (B, N); of a "vae" "kl" (B,), in
+        nats per image. Features: "latents", before quantization, and "quantized", the decoder's input, (B, N, D) each,
+        which are the same of a "vae"; unless the output is "pixels", also "code_logits" (B, P, K)."""
+        tokens, latents, quantized, losses = self._bottleneck(self.latents(pixels), draws)
+        decoded, features = self.decode_latents(quantized, condition), {"latents": latents, "quantized": quantized}
         if self.output == "pixels":
-            return TokenizerOutput(self.render(features), tokens, losses, named)
-        logits = self.head(features)
-        pixels = None if self.renderer is None else self.from_native(self.renderer(logits))
-        return TokenizerOutput(pixels, tokens, losses, named | {"code_logits": logits})
+            return TokenizerOutput(self.render(decoded), tokens, losses, features)
+        logits = self.head(decoded)
+        reconstruction = None if self.renderer is None else self.from_native(self.renderer(logits))
+        return TokenizerOutput(reconstruction, tokens, losses, features | {"code_logits": logits})
+
+    def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Tokens, latents, the decoder's input, and loss terms, from the encoder's output."""
+        if self.has_posterior:
+            mean, log_variance = self.gaussian.moments(hidden)
+            latents = self.gaussian.choose(mean, log_variance, draws)
+            kl = gaussian_kl(mean, log_variance).flatten(1).sum(1)
+            return self.gaussian.standardise(latents), latents, latents, {"kl": kl}
+        output = self._in_full_precision(partial(self.quantizer, draws=draws), hidden)
+        return output.ids, hidden, output.quantized, output.losses
 
     @staticmethod
-    def _in_full_precision(function, latents: Tensor):
-        """Codes are compared in float32, whatever the networks compute in."""
+    def _in_full_precision(function: Callable[[Tensor], T], latents: Tensor) -> T:
+        """Apply ``function`` in float32, even under autocast: codes are compared in it."""
         with without_autocast(latents.device):
             return function(latents.float())
-
-    def training_draws(self, keys: Keys) -> Draws:
-        """ "posterior" (B, N, D) normal, of a "vae"."""
-        if not self.has_posterior:
-            return super().training_draws(keys)
-        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
-
-    @torch.no_grad()
-    def standardise(self, pixels: Tensor) -> None:
-        if not self.has_posterior:
-            return
-        parts = [self.quantizer.moments(self.latents(part)) for part in pixels.split(8)]
-        self.quantizer.fit(*(torch.cat(values) for values in zip(*parts)))
-        statistics = {"latent_mean": self.quantizer.mean, "latent_scale": self.quantizer.scale}
-        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -1,4 +1,4 @@
-"""The networks of TiTok (arXiv 2406.07550): an encoder and a decoder that exchange a few latent tokens."""
+"""The networks of TiTok (arXiv 2406.07550): an encoder to a few latent tokens, and a decoder from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LARGE = TransformerSize(1024, 24, 16)
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """The codebook and the pixel decoder of the MaskGIT-VQGAN whose codes the decoder predicts; see there."""
+    """Codebook and pixel decoder of the MaskGIT-VQGAN whose codes TiTok's decoder predicts; fields as in
+    ``MaskGITVQGAN``."""
 
     codebook_size: int = 1024
     codebook_embed_dim: int = 256
@@ -34,11 +35,11 @@ class CodecConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels per code, on each side."""
+        """Side in pixels of the area of one code."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def decoder(self, out_channels: int) -> CodecDecoder:
-        """The pixel decoder, new."""
+        """A new pixel decoder."""
         return CodecDecoder(
             out_channels,
             self.codebook_embed_dim,
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
         return x
 
     def finish(self, x: Tensor) -> Tensor:
-        """The last norm, of the positions (B, n, D) that are read."""
+        """The last norm, for the positions (B, n, D) that are read."""
         return self.norm_post(x)
 
 
@@ -76,8 +77,8 @@ class Encoder(nn.Module):
         grid: (h, w) patches.
         num_tokens: latent tokens N.
         out_dim: channels of a latent.
-        mixes_positions: read the N outputs of W channels, N W numbers in that order, as W rows of N numbers before
-            they are projected. The two-stage models were trained so.
+        mixes_positions: before the projection, reinterpret the N x W outputs as W rows of N numbers, and transpose
+            them. The two-stage models were trained like this.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class Decoder(nn.Module):
         """Decode.
 
         Args:
-            context: (B, T, W) more tokens behind the latents, or None.
-            seen: (B, T) bool, True where a context token may be attended to; None is everywhere.
+            context: (B, T, W) further tokens after the latents, or None.
+            seen: (B, T) bool, True where a context token may be attended to; None is all.
         """
         masks = self.mask_token.expand(len(latents), self.num_patches, -1)
         x = with_class(self.class_token, masks) + self.positions
@@ -169,7 +170,7 @@ class CodeHead(nn.Sequential):
 
 
 class CodecRenderer(nn.Module):
-    """Logits over the codec's codes to pixels: the expected code of each place, decoded."""
+    """Logits (B, P, K) over the codec's codes to pixels: decodes the expected code of each position."""
 
     def __init__(self, config: CodecConfig, grid: Grid, out_channels: int):
         super().__init__()
@@ -183,18 +184,10 @@ class CodecRenderer(nn.Module):
 
 
 def learned(*shape: int) -> nn.Parameter:
-    """A learned token or table whose rows have a length of about 1 at first."""
+    """A learned token or table, whose rows start with a norm of about 1."""
     return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
 
 
 def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens (B, n, D) behind the class token (1, D)."""
+    """Prepend the class token (1, D) to tokens (B, n, D)."""
     return torch.cat([class_token.to(tokens).expand(len(tokens), 1, -1), tokens], 1)
-
-
-def initialise(module: nn.Module, std: float) -> None:
-    """Truncated normal weights and zero biases, as the reference has them; its deviation is 0.02."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)

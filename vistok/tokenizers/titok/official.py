@@ -1,4 +1,4 @@
-"""What the reference of TiTok and TA-TiTok calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of TiTok and TA-TiTok into ours."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ WITHOUT_EFFECT = {
     "dataset.preprocessing.random_crop": "of the data section",
     "dataset.preprocessing.random_flip": "of the data section",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference's config of one of our sizes."""
+    """The reference's config for one of our sizes."""
     encoder, decoder = (NAMES[TransformerSize(**size[part])] for part in ("encoder", "decoder"))
     model = {
         "token_size": size["token_dim"],
@@ -60,7 +60,7 @@ def config(size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments(given: OfficialConfig) -> dict[str, Any]:
-    """Our constructor's arguments, those that TiTok and TA-TiTok share."""
+    """Our constructor arguments, as far as TiTok and TA-TiTok share them."""
     widths = _widths(given)
 
     def transformer(key: str) -> TransformerSize:
@@ -92,7 +92,7 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
 
 
 def _widths(given: OfficialConfig) -> dict[str, TransformerSize]:
-    """The transformers by name; overrides are those of shrunken models."""
+    """The transformer sizes by name; ``overrides.widths`` replaces them in reduced models."""
     overrides = given.take("overrides.widths", {})
     for name, sizes in overrides.items():
         if name not in WIDTHS or not isinstance(sizes, list | tuple) or len(sizes) != 3:
@@ -103,7 +103,7 @@ def _widths(given: OfficialConfig) -> dict[str, TransformerSize]:
 
 
 def codec(given: OfficialConfig) -> CodecConfig:
-    """The codec that the two-stage models predict."""
+    """The codec whose codes two-stage models predict."""
     sizes = given.take("overrides.pixel", {})
     names = {"hidden_channels": "channels", "z_channels": "codebook_embed_dim", "channel_mult": "channel_mult"}
     if unknown := sizes.keys() - names.keys():
@@ -138,9 +138,10 @@ OFFICIAL_NAMES = [
 
 
 def with_clustering(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict with the usage average of the clustering exactly if the model has one.
+    """The state dict with the usage average of the clustering if the model has one, and without it if not.
 
-    Released files hold it where the config of the repository has the clustering off, and lack it the other way round.
+    Released files do not agree with the repository's configs: some hold the average although clustering is off, others
+    lack it although clustering is on.
     """
     kept = {key: tensor for key, tensor in state.items() if key != CLUSTERING_STATE}
     if arguments.get("codebook_clustering"):
@@ -149,7 +150,7 @@ def with_clustering(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
 
 
 def our_names(state: Mapping[str, Tensor], codec_levels: int) -> dict[str, Tensor]:
-    """The reference's state dict under our names; its 1x1 convolutions become linear layers."""
+    """The reference's state dict under our names, with its 1x1 convolutions as linear layers."""
     if "decoder.ffn.2.weight" in state:
         head = (r"decoder\.ffn\.(\d)\.(\w+)", r"head.\1.\2")
     else:

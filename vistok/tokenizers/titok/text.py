@@ -3,8 +3,8 @@
 Paper: Democratizing Text-to-Image Masked Generative Models with Compact Text-Aware One-Dimensional Tokens (arXiv
 2501.07730). Official weights and conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
 
-The text comes as features: those of the released models are the 77 outputs of the text tower of CLIP ViT-L/14-336
-(open_clip's "openai" weights) after its last norm, neither projected nor pooled.
+Texts are given as features. The released models read the 77 outputs of the text tower of CLIP ViT-L/14-336 (open_clip's
+"openai" weights) after its last norm, neither projected nor pooled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextGuidance(nn.Module):
     Args:
         text_dim: channels of the features.
         dim: width D of the decoder.
-        length: features T of a text.
+        length: number of features T of a text.
     """
 
     def __init__(self, text_dim: int, dim: int, length: int):
@@ -50,12 +50,14 @@ class TextGuidance(nn.Module):
 
 
 class TATiTok(TiTok):
-    """A single-stage TiTok with text. Without a condition, or in its dropped rows, the decoder sees no text.
-    Arguments that are not explained here are those of ``TiTok``; ``init_std`` is the encoder's.
+    """A single-stage TiTok whose decoder reads text features.
+
+    Without a condition, and in its dropped rows, the decoder reads no text. Arguments that are not listed here are
+    those of ``TiTok``; ``init_std`` applies only to the encoder.
 
     Args:
         text_dim: channels of the text features.
-        text_length: features of a text; shorter ones are padded, with a mask.
+        text_length: number of features of a text; shorter texts are padded, with a mask.
     """
 
     registry_name = "ta_titok"
@@ -130,7 +132,7 @@ class TATiTok(TiTok):
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """What the decoder reads: text features."""
+        """The text features that the decoder reads."""
         return ConditionSpec(features=FeatureSpec(self.text_dim, self.text_length))
 
     def decode_latents(self, latents: Tensor, condition: Condition | None = None) -> Tensor:

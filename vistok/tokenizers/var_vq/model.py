@@ -1,4 +1,4 @@
-"""VAR's image tokenizer: a convolutional autoencoder whose map is coded on growing grids.
+"""VAR's image tokenizer: a convolutional autoencoder with multi-scale residual quantization of its map.
 
 Paper: Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (arXiv 2404.02905), section
 3.2. Official weights: github.com/FoundationVision/VAR (MIT), which has no training code of the tokenizer.
@@ -22,14 +22,14 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 from vistok.utils.finite import finite_latents
-from vistok.utils.sides import image_sides
+from vistok.utils.sides import grid_of, image_sides
 
 
 class VARVQ(Tokenizer):
-    """Ids of growing grids: the first id means the whole image, later grids add what the earlier ones left.
+    """Ids on growing grids: the first id describes the whole image, later grids code the residual of earlier ones.
 
-    Tokens are (B, L), smallest scale first, in raster order inside a scale. The tokens of the first scales decode, too.
-    The quantizer is its own; other tokenizers take it by the name "multi_scale".
+    Tokens are (B, L), smallest scale first, in raster order inside a scale. The tokens of the first scales decode too.
+    Other tokenizers can use its quantizer by the name "multi_scale".
 
     Args:
         image_size: side of the images, or (height, width).
@@ -41,15 +41,15 @@ class VARVQ(Tokenizer):
         codebook_size: number of codes, which all scales share.
         scales: grids, smallest first, as sides of squares or (height, width); the last is that of the map.
         num_refiners: convolutions that refine what a scale adds, shared by neighbouring scales.
-        refiner_share: how much a refinement counts beside the plain map; 0 leaves them out.
+        refiner_share: weight of the convolution against the plain map; 0 leaves all refiners out.
         quant_conv_kernel: side of the convolutions before and after quantization, odd.
-        cosine_codes: choose codes by the angle, not by the distance.
-        codebook_restart_after: steps after which an unused code is moved onto a residual; 0 is never.
+        cosine_codes: choose codes by cosine similarity instead of distance.
+        codebook_restart_after: training steps after which an unused code is moved onto a residual; 0 turns this off.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, scales that do not end at the map, an even kernel, or
+        ValueError: sides that are not multiples of the stride, scales that do not end at the map, an even kernel, or
             widths that norm_groups does not divide.
     """
 
@@ -91,8 +91,7 @@ class VARVQ(Tokenizer):
         super().__init__()
         self.stride = 2 ** (len(channel_mult) - 1)
         height, width = image_sides(image_size)
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
+        self.grid = grid_of((height, width), self.stride)
         if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
             raise ValueError(f"quant_conv_kernel must be odd, so that maps keep their size; got {quant_conv_kernel}")
         self._input_shape = (in_channels, height, width)
@@ -105,7 +104,6 @@ class VARVQ(Tokenizer):
             cosine=cosine_codes,
             restart_after=codebook_restart_after,
         )
-        self.grid = (height // self.stride, width // self.stride)
         if self.quantizer.scales[-1] != self.grid:
             raise ValueError(
                 f"the scales end at {self.quantizer.scales[-1]}, but images of {height}x{width} have a map of "
@@ -141,7 +139,7 @@ class VARVQ(Tokenizer):
         return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, n) of the first scales, or of all, to pixels; or code vectors (B, n, D), as smooth sampling gives.
+        """Ids (B, n) or code vectors (B, n, D), which smooth sampling returns, of the first scales or of all to pixels.
 
         Raises:
             ValueError: ids out of range, or tokens that end within a scale.
@@ -151,7 +149,7 @@ class VARVQ(Tokenizer):
         return self.decode_map(self.quantizer.decode(tokens))
 
     def decode_scales(self, tokens: Tensor) -> Tensor:
-        """The images (S, B, C, H, W) of the first scale, of the first two, and so on, of tokens as in ``decode``."""
+        """Tokens as in ``decode`` to images (S, B, C, H, W): from the first scale, from the first two, and so on."""
         self.check_scaled(tokens)
         return torch.stack([self.decode_map(so_far) for so_far in self.quantizer.maps(tokens)])
 
@@ -182,14 +180,12 @@ class VARVQ(Tokenizer):
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
 
     def encode_scales(self, pixels: Tensor, scales: Sequence[int | Sequence[int]]) -> Tensor:
-        """Ids of a schedule of grids of its own, of any image whose sides are multiples of the stride.
+        """Ids (B, L) with other grids than the tokenizer's own, of any image whose sides are multiples of the stride.
 
         Raises:
-            ValueError: sides that are no multiples of the stride, or a last scale that is not the map's.
+            ValueError: sides that are not multiples of the stride, or a last scale that is not the map's.
         """
-        height, width = pixels.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
+        grid_of(pixels.shape[-2:], self.stride)
         return self.quantizer.encode(finite_latents(self.pre_quant(self.encoder(pixels))), scales)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the reference of VAR's tokenizer calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of VAR's tokenizer into ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vistok.checkpoints import rename
 from vistok.checkpoints.official_config import OfficialConfig
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
-"""Widths of the levels, which the reference has as literals, like three channels and two residual blocks."""
+"""Widths of the levels. The reference hard-codes them, like the three channels and two residual blocks."""
 STRIDE = 2 ** (len(CHANNEL_MULT) - 1)
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {
     "beta": "the weight of the commitment loss, which the training config has",
     "default_qresi_counts": "counts only where share_quant_resi is 0",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 USAGE = "quantize.ema_vocab_hit_SV"
 """How often training chose each code; no part of the model."""
@@ -45,12 +45,12 @@ def config(scales: tuple[int, ...] = SCALES_256) -> dict[str, Any]:
 
 
 def number_of_refiners(share: int, num_scales: int, default: int = 0) -> int:
-    """How many convolutions ``share_quant_resi`` stands for; 0 is one for each scale, or ``default_qresi_counts``."""
+    """The number of convolutions: ``share``, or if it is 0 ``default_qresi_counts``, or if that is 0 one per scale."""
     return share or default or num_scales
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments.
+    """Our constructor arguments for the reference\'s config.
 
     Raises:
         CheckpointError: a key that is missing, unknown, or of a value that is not supported.

@@ -1,8 +1,8 @@
 """ViT-VQGAN: a vision-transformer autoencoder with a factorised, l2-normalised codebook.
 
 Paper: Vector-quantized Image Modeling with Improved VQGAN (arXiv 2110.04627, ICLR 2022). Official weights and
-conventions: the reimplementation github.com/thuanz123/enhancing-transformers (MIT), whose choices differ from the
-paper in a few places (tanh in every feed-forward, heads always 64 wide).
+conventions: the reimplementation github.com/thuanz123/enhancing-transformers (MIT), which differs from the paper in a
+few places (tanh in every feed-forward, heads always 64 wide).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ViTVQGANBlock(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        # The reference leaves the output projection out when it would map one 64-wide head onto itself.
+        # The reference leaves the output projection out for a single head of the model's width.
         project = not (config.num_heads == 1 and config.dim == HEAD_DIM)
         self.norm1 = nn.LayerNorm(config.dim)
         self.attn = Attention(config.dim, config.num_heads, head_dim=HEAD_DIM, qkv_bias=False, project=project)
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
 
 
 class ViTVQGAN(Tokenizer):
-    """The stage-1 model. Works in [0, 1] inside; public pixels are in [-1, 1].
+    """A raster of ids from a vision transformer. The networks work on pixels in [0, 1]; public pixels are in [-1, 1].
 
     Args:
         image_size: side of the images, or (height, width).
@@ -106,18 +106,18 @@ class ViTVQGAN(Tokenizer):
         codebook_embed_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
         residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
-        entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        entropy_temperature: softmax temperature of the "entropy" loss term; None leaves the term out.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
 
     Raises:
-        ValueError: a size that patches do not divide, a width that is not divisible by 4, or a residual quantizer by
-            name.
+        ValueError: a size that patches do not divide, a width that is not divisible by 4, a ``residual_depth`` below 1,
+            or one above 1 together with ``quantizer``.
     """
 
     registry_name = "vit_vqgan"
@@ -225,7 +225,7 @@ class ViTVQGAN(Tokenizer):
         return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L[, depth]), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
+        """Ids (B, L[, depth]), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
@@ -234,15 +234,15 @@ class ViTVQGAN(Tokenizer):
         return self._point(self.decode_latents(self.dequantize(tokens)))
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
-        """Codes (B, L, code dim) to the decoder's raw output in the native range (B, C or 2C, H, W)."""
+        """Codes (B, L, code dim) to the decoder's raw output (B, C or 2C, H, W), in the native range."""
         return self._unpatched(self.decoder(self.post_quant(quantized)))
 
     def _unpatched(self, x: Tensor) -> Tensor:
-        """The decoder's features (B, L, D) as raw output."""
+        """The decoder's features (B, L, D) to its raw output (B, C or 2C, H, W)."""
         return self.to_pixels(rearrange(x, "b (h w) d -> b d h w", h=self.grid[0]))
 
     def _point(self, output: Tensor) -> Tensor:
-        """The decoder's output as pixels in [-1, 1]: the mode, where it predicts a distribution."""
+        """The decoder's raw output to pixels in [-1, 1]: the mean in logit space, if it predicts a distribution."""
         return self.from_native(
             self.distribution.unsquash(output.chunk(2, 1)[0].sigmoid()) if self.distribution else output
         )
@@ -282,7 +282,7 @@ class ViTVQGAN(Tokenizer):
             codebook_size=given.take("quantizer.n_embed"),
             codebook_embed_dim=given.take("quantizer.embed_dim"),
             codebook_l2_norm=given.take("quantizer.use_norm", True),
-            # A quantizer that is not residual has one level, whatever this number is.
+            # Without use_residual the reference ignores this number.
             residual_depth=given.take("quantizer.num_quantizers", 1) if residual else 1,
             in_channels=channels,
         )
@@ -306,7 +306,7 @@ WITHOUT_EFFECT = {
     "scheduler": "of the training",
     "scheduler.*": "of the training",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def _vit_config(given: OfficialConfig, part: str) -> ViTConfig:

@@ -1,20 +1,24 @@
-"""Reference curves: metrics of runs of the shipped configs, thinned, beside this file (see docs/curves)."""
+"""Reference curves: thinned metrics of runs of the shipped configs, in files beside this one (see docs/curves)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vistok.config import ConfigError, suggestion
+from vistok.signatures import ConfigError
 from vistok.train.monitor import read_metrics
+from vistok.utils.spelling import suggestion
 
 HERE = Path(__file__).parent
 
 
 def curve_file(name: str) -> Path:
-    """The metrics.jsonl that ``name`` is the path of, or the shipped curve of that name.
+    """The file of a reference curve.
+
+    Args:
+        name: the path of a metrics.jsonl, or the name of a shipped curve.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such curve.
     """
     file = Path(name) if name.endswith(".jsonl") else HERE / f"{name}.jsonl"
     if not file.is_file():
@@ -27,9 +31,9 @@ def curve_file(name: str) -> Path:
 
 
 def reference_curve(name: str) -> list[dict[str, float | None]]:
-    """The rows of a reference curve.
+    """The rows of a reference curve; see :func:`curve_file`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such curve.
     """
     return read_metrics(curve_file(name))

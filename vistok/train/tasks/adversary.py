@@ -1,4 +1,4 @@
-"""The discriminator's side of a tokenizer's training."""
+"""The adversary of a tokenizer: a discriminator with its losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, KeysOf, annotations_of, build, check_least, suggestion
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -26,6 +25,8 @@ from vistok.losses import (
     r1_penalty,
 )
 from vistok.losses.augment import NUM_UNIFORMS
+from vistok.signatures import ConfigError, KeysOf, annotations_of, build, check_least
+from vistok.utils.spelling import suggestion
 
 DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "patchgan": PatchGAN,
@@ -37,11 +38,13 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
 }
 
 
-GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
+GENERATOR_USE = "fool"
+"""Keys the draws of the generator's turn; another text would change the numbers of runs that resume."""
+GANLossName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
 
 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``discriminator`` section; an unknown name is reported later."""
+    """The types of the keys in a ``discriminator`` section; an unknown name is reported later."""
     kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
     return {"name": str, **({} if kind is None else annotations_of(kind))}
 
@@ -54,24 +57,25 @@ class GanConfig:
         weight: of the generator's loss, from ``start_step`` on.
         loss: vanilla (binary cross entropy, halved as in VQGAN), non_saturating (not halved, as in StyleGAN2 and LARP),
             non_saturating_mean (of each image's mean logit, as in Open-MAGVIT2), hinge, or least_squares.
-        generator_loss: the generator's side of another game than the discriminator's; None is ``loss``.
+        generator_loss: a different loss for the generator; None is ``loss``.
         discriminator: {name: patchgan | stylegan | dino | vit | pooled | blur, ...arguments of that discriminator}.
         start_step: the first step at which the adversary takes part.
-        every_n_steps: the adversary learns on every n-th step only.
-        order: who moves first.
-        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the reconstruction's and
-            the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
-        augment: arguments of ``DiffAugment``, through which the adversary sees all images; null is without.
-        smoothing: soft, random targets of the cross entropies; null are targets of 0 and 1.
-        r1_weight, r1_every: gradient penalty on real images, taken every so many steps and scaled up accordingly.
+        every_n_steps: the discriminator is trained on every n-th step only.
+        order: whether the model or the adversary is updated first in a step.
+        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the norms of the
+            reconstruction's and the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
+        augment: arguments of ``DiffAugment``, which is applied to all images that the discriminator gets; null is off.
+        smoothing: soft, random targets of the cross entropies; null uses the targets 0 and 1.
+        r1_weight, r1_every: weight of the gradient penalty on real images, which is computed every ``r1_every`` steps
+            and multiplied by that number.
         lecam_weight: weight of the LeCam regulariser (arXiv 2104.03310).
         lecam_decay, lecam_update, lecam_compare: see ``LeCam``.
         lr: the discriminator's learning rate; None takes the optimizer's. More in ``players.adversary``.
     """
 
     weight: float
-    loss: GameName = "hinge"
-    generator_loss: GameName | None = None
+    loss: GANLossName = "hinge"
+    generator_loss: GANLossName | None = None
     discriminator: Annotated[dict[str, Any], KeysOf(_discriminator_keys)] = field(
         default_factory=lambda: {"name": "patchgan"}
     )
@@ -96,7 +100,7 @@ class GanConfig:
 
 
 class Adversary(nn.Module):
-    """A discriminator with its losses. Images are in the tokenizer's native range.
+    """A discriminator with its losses, for images in the tokenizer's native range.
 
     Args:
         config: the ``losses.gan`` section.
@@ -108,7 +112,7 @@ class Adversary(nn.Module):
         super().__init__()
         self.config = config
         self.discriminator = build_discriminator(config, input_shape, value_range)
-        self.generator_loss = GeneratorLoss(config.generator_loss or config.loss)
+        self._generator_loss = GeneratorLoss(config.generator_loss or config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
         self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare
@@ -118,19 +122,19 @@ class Adversary(nn.Module):
         """Frozen networks that the discriminator computes with, by name."""
         return self.discriminator.frozen()
 
-    def fool(self, fake: Tensor, keys: Keys) -> Tensor:
-        """The generator's loss for reconstructions (B, C, H, W); the discriminator gets no gradient.
+    def generator_loss(self, fake: Tensor, keys: Keys) -> Tensor:
+        """The generator's loss for reconstructions (B, C, H, W), without gradients for the discriminator.
 
         Args:
             keys: of the images in this step.
         """
         self.discriminator.requires_grad_(False)
-        loss = self.generator_loss(self._judge(fake, keys, "fool"))
+        loss = self._generator_loss(self._logits(fake, keys, GENERATOR_USE))
         self.discriminator.requires_grad_(True)
         return loss
 
-    def _judge(self, images: Tensor, keys: Keys, use: str) -> Tensor:
-        """Logits of images as the discriminator gets to see them; ``use`` tells several views of one step apart."""
+    def _logits(self, images: Tensor, keys: Keys, use: str) -> Tensor:
+        """The logits of augmented images; ``use`` keys the random numbers, so that they differ within a step."""
         if self.augment is not None:
             uniforms = keys.uniform(f"augment {use}", NUM_UNIFORMS).to(images.device)
             images = self.augment(images, uniforms.T)
@@ -141,19 +145,19 @@ class Adversary(nn.Module):
         return self.discriminator(images, uniforms)
 
     def forward(self, real: Tensor, fake: Tensor, keys: Keys) -> dict[str, Tensor]:
-        """The discriminator's terms for real images and detached reconstructions: "d_loss" is their sum.
+        """The discriminator's terms for real images and detached reconstructions; "d_loss" is the loss to minimise.
 
         Args:
             keys: of the images in this step.
         """
-        logits_real, logits_fake = self._judge(real, keys, "real"), self._judge(fake.detach(), keys, "fake")
+        logits_real, logits_fake = self._logits(real, keys, "real"), self._logits(fake.detach(), keys, "fake")
         terms = {"d_loss": self._loss(logits_real, logits_fake, keys)}
         terms |= {"d_real": logits_real.detach().mean(), "d_fake": logits_fake.detach().mean()}
         if self.lecam is not None:
             terms["d_lecam"] = self.lecam(logits_real, logits_fake)
             terms["d_loss"] = terms["d_loss"] + self.config.lecam_weight * terms["d_lecam"]
         if self.config.r1_weight and keys.step % self.config.r1_every == 0:
-            # Taken rarely and scaled up: "lazy regularisation" of StyleGAN2 (arXiv 1912.04958, appendix B).
+            # Computed rarely and scaled up: the "lazy regularisation" of StyleGAN2 (arXiv 1912.04958, appendix B).
             terms["d_r1"] = r1_penalty(self.discriminator, real)
             scale = self.config.r1_weight * self.config.r1_every / 2
             terms["d_loss"] = terms["d_loss"] + scale * terms["d_r1"]

@@ -1,4 +1,4 @@
-"""The contract of every task: what it trains, on which data, and what one batch contributes."""
+"""The interface of tasks: what is trained, on which data, and the losses of a batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Turn(NamedTuple):
     """One player's turn on a batch.
 
     Attributes:
-        player: who minimises ``loss``, a scalar with a graph.
-        terms: scalars to log; under the name of its loss what the player minimises.
+        player: name of the player that minimises ``loss``.
+        loss: a scalar with a graph.
+        terms: scalars to log, the loss among them ("loss", or "d_loss" of an adversary).
     """
 
     player: str
@@ -35,12 +36,12 @@ class Turn(NamedTuple):
 class Learner(nn.Module):
     """A model with the trainable parts of its losses: one module, called once per batch.
 
-    Of its parameters those below ``model`` are exported and averaged; the others are trained, saved and resumed with
-    them, and end with the run.
+    The parameters of ``model`` are exported and averaged. The others are trained, saved and resumed with them, but not
+    exported.
     """
 
     EXPORTED = "model."
-    """The prefix, in the learner's state dict, of what is exported."""
+    """The prefix of the exported weights in the learner's state dict."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -48,24 +49,24 @@ class Learner(nn.Module):
         self._frozen: tuple[nn.Module, ...] = ()
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """All parameters; those of the model under the names that they have in it."""
+        """All parameters by name; those of the model have the model's own names."""
         return {name.removeprefix(self.EXPORTED): parameter for name, parameter in self.named_parameters()}
 
     def freeze(self, patterns: Sequence[str]) -> set[str]:
-        """Train no parameter whose name fits; modules that have no others stay in evaluation mode.
+        """Freeze the parameters whose names match; modules with no other parameters stay in evaluation mode.
 
         Returns:
-            the names that fit.
+            The names that match.
 
         Raises:
-            ConfigError: a pattern that no name fits.
+            ConfigError: a pattern matches no name.
         """
         names = matching(self.parameters_by_name(), patterns, "freeze")
         self.leave(names)
         return names
 
     def leave(self, names: Collection[str]) -> None:
-        """Train none of these parameters; modules that have no others stay in evaluation mode."""
+        """Freeze the named parameters; modules with no other parameters stay in evaluation mode."""
         named = self.parameters_by_name()
         for name in names:
             named[name].requires_grad_(False)
@@ -75,33 +76,33 @@ class Learner(nn.Module):
         self._frozen = still or self._frozen
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but frozen modules."""
+        """Set the mode of all modules but the frozen ones, which stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def with_model(self, model: Model) -> Self:
-        """The same losses around another model, for example the averaged one."""
+        """A learner with the same losses and another model, for example the averaged one."""
         view = copy.copy(self)
         view._modules = self._modules | {"model": model}
         return view
 
 
 class Task(ABC):
-    """One task: its model, its data, and what one batch contributes.
+    """A training task: its model, its data, and the losses of a batch.
 
-    A task is made from its config, this process's number and how many there are.
+    A task is made from its config, the number of this process and the number of processes.
 
     Attributes:
         config_type: the run's config with the sections that this task reads.
-        metric_prefixes: what begins the names of a player's loss and gradient norm in logs.
-        learner: the player that holds the model, on the CPU until the loop moves it.
+        metric_prefixes: by player, the prefix of its loss and gradient norm in logs.
+        learner: the player that holds the model; on the CPU until the loop moves it.
         loader: batches of this process.
-        held_out: batches to validate on; those of ``no_samples`` without validation.
-        unit: what throughput counts.
+        held_out: batches to validate on; empty (``no_samples``) without validation.
+        unit: the metric of throughput, such as "images_per_second".
         changing_parameters: whether some parameters take part in some steps only.
-        objective_changes: the steps after which the objective is another, so that checkpoints of before and after
+        objective_changes: the steps after which the objective changes, so that checkpoints before and after them
             cannot be compared.
     """
 
@@ -117,7 +118,7 @@ class Task(ABC):
 
     @property
     def model(self) -> Model:
-        """What is exported."""
+        """The model that is exported."""
         return self.learner.model
 
     @property
@@ -131,25 +132,25 @@ class Task(ABC):
         return self.config.freeze
 
     def players(self) -> dict[str, nn.Module]:
-        """Who is trained, by name, the learner of the model first: each one module that is called once per batch."""
+        """The modules that are trained, by name, the learner first. Each is called once per batch."""
         return {MODEL: self.learner}
 
     def player_config(self, name: str) -> PlayerConfig:
-        """How a player is trained."""
+        """The training config of a player."""
         return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Frozen networks that the losses compute with, by name. The loop moves them to the device, and neither trains
-        nor saves them.
+        """Frozen networks that the losses use, by name. The loop moves them to the device, but does not train or save
+        them.
 
-        Their weights keep their type, and they compute in the run's mixed precision by autocast, as players do: what a
-        network keeps out of autocast, such as the distances of a codec's codes, stays exact.
+        They run under the run's autocast, as players do, and their weights keep their dtype. So operations that a
+        network keeps out of autocast, such as the distances to a codec's codes, stay exact.
         """
         return {}
 
     @property
     def complete_from(self) -> int:
-        """The first step at which everything that begins later has begun: what previews and profiles look at."""
+        """The first step at which all parts of the objective have begun, for previews and profiles."""
         return 0
 
     def check_sharding(self) -> None:  # noqa: B027 (most have nothing to say)
@@ -157,20 +158,23 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, players: Mapping[str, nn.Module], batch: Any, clock: Clock) -> Iterator[Turn]:
-        """The players' turns, in the order in which they move: each moves before the next turn is asked for, or all at
-        the end where gradients of several batches add up.
+        """The players' turns, in their order.
+
+        The loop updates a player before it asks for the next turn; with gradient accumulation, all at the end.
 
         Args:
-            players: those of ``players``, wrapped for several processes.
+            players: the modules of ``players``, wrapped for several processes.
         """
 
     @torch.no_grad()
     def validate(self, learner: Learner, clock: Clock, stopping: Callable[[], bool]) -> dict[str, float]:
-        """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
-        there are none, or if the run is ``stopping`` before all are measured."""
+        """Means over the held-out samples, as "val_loss" and so on, with the same draws every time.
+
+        Empty if there are no held-out samples, or if ``stopping()`` is True before all are measured.
+        """
         device, count = learner.model.device, 0
         totals: dict[str, Tensor] = {}
-        self.held_out.epoch = 0  # of a token cache with several views, the same ones
+        self.held_out.epoch = 0  # so that the same views of a token cache are read every time
         for number, batch in enumerate(self.held_out):
             if stopping():
                 return {}
@@ -183,66 +187,66 @@ class Task(ABC):
 
     @abstractmethod
     def _held_out_terms(self, learner: Any, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
-        """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
+        """Means over the held-out batch number ``number``, "loss" among them."""
 
     def dead_worker(self) -> str | None:
-        """After an error: which process that reads data died of what, or None."""
+        """Which worker that reads data died, and of what; None if none did. Call it after an error."""
         return self.loader.dead_worker() or self.held_out.dead_worker()
 
     def window_metrics(self) -> dict[str, Tensor]:
-        """Metrics that only make sense over a whole logging window; all processes call it."""
+        """Metrics of a whole log window. All processes must call it."""
         return {}
 
     def warning(self, step: int, row: dict[str, float]) -> str | None:
-        """What the log row of ``step`` should make a user do something about."""
+        """A warning for the user about the log row of ``step``, or None."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the task remembers from step to step; all processes call it, and that of the first is saved."""
+        """The state of the task between steps. All processes must call it; that of the first one is saved."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:  # noqa: B027 (as state_dict)
-        """Remember what was saved: counts that are sums over processes on the first one alone."""
+        """Restore a state. Counts are sums over processes, so only the first process takes them."""
 
     @abstractmethod
     def count(self, batch: Any) -> int:
-        """How many units of throughput a batch is."""
+        """The number of units of throughput in a batch."""
 
     @abstractmethod
     def sample_name(self, index: int) -> str:
-        """What to call a sample in a message: its file, or where it lies in the cache."""
+        """The name of a sample in messages: its file, or its position in the cache."""
 
     @abstractmethod
     def show(self, batch: Any) -> Tensor:
-        """The pixels (B, C, H, W) in [-1, 1] that a batch stands for."""
+        """The pixels (B, C, H, W) in [-1, 1] of a batch, decoded if they are tokens."""
 
     def examples(self, count: int) -> Tensor:
-        """So many images of the data, or clips, evenly spread over it, (n, C, [T,] H, W) in [-1, 1].
+        """At most ``count`` images or clips, evenly spread over the data, (n, C, [T,] H, W) in [-1, 1].
 
         Raises:
-            ValueError: the data are no images.
+            ValueError: the data are not images.
         """
         raise ValueError("this run trains on tokens, not on images")
 
     @abstractmethod
     def pictures(self, model: Any) -> list[Image.Image]:
-        """Pictures of what the model can do now: one, or none where it makes no pixels."""
+        """Pictures of what the model can do now: one, or none if it makes no pixels."""
 
-    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
-        """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
+    def save_companions(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+        """Write the files that checkpoints need besides the model into the run folder, before training."""
 
     @abstractmethod
     def export(self, folder: Path, model: Any) -> None:
-        """Write what users load into the run folder."""
+        """Write the model that users load into the run folder."""
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """The batch on the device, but for its indices: the host reads them, and would wait for the device."""
+    """Move a batch to the device, except its indices: the host reads them, and would wait for the device."""
     moved = type(batch)(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
     return moved._replace(indices=batch.indices)
 
 
 def forever(loader: Loader) -> Iterator[Any]:
-    """One epoch after another."""
+    """The batches of one epoch after another, without end."""
     while True:
         yield from loader

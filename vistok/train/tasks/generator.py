@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from vistok.config import ConfigError, check
 from vistok.data.loader import no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
@@ -24,6 +23,7 @@ from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, home_of, load_tokenizer, write_settings
+from vistok.signatures import ConfigError, check
 from vistok.text import TEXT, PromptEncoder, copy_encoders
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, InitFrom, RunConfig
@@ -37,18 +37,19 @@ PLAIN = PredictionConfig()
 
 @dataclass(frozen=True)
 class GeneratorRun(RunConfig):
-    """The run of a generator.
+    """The config of a generator's run.
 
     Attributes:
-        tokens: token cache folder; or several, of the same images by the same tokenizer, of which every epoch draws one
-            anew for each image.
-        token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
-        condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
-            ``given``; all that the cache has by default, nothing with [].
-        streams: of a model that reads and writes texts and images in one sequence: templates that samples become
-            streams by, each a share, or a ``StreamConfig``. By default it learns tokens, given their condition.
+        tokens: folder of a token cache; or several, of the same images by the same tokenizer. Every epoch then draws
+            one of them for each image.
+        token_weights: how often each of several token caches is drawn, relative to the others; equally often by
+            default.
+        condition: the parts of the tokens' condition that the generator learns, of ``labels``, ``ids``, ``features``
+            and ``given``; by default all that the cache has, and [] is none.
+        streams: for a model of texts and images in one sequence: by name, the share or ``StreamConfig`` of each
+            template that samples may follow. By default the model learns tokens, given their condition.
         sampling: default sampling options, saved with the pipeline and used for its pictures.
-        objective: what is predicted in training (see ``PredictionConfig``); the generator's own loss by default.
+        objective: the predictions to train (see ``PredictionConfig``); by default the generator's own loss.
     """
 
     needed = "tokens"
@@ -63,7 +64,7 @@ class GeneratorRun(RunConfig):
 
 
 class GeneratorLearner(Learner):
-    """A generator, whose loss is its own, or in training that of an objective."""
+    """A generator with its own loss or, in training, that of an objective."""
 
     model: Generator
 
@@ -89,7 +90,7 @@ class GeneratorLearner(Learner):
 
 
 class GeneratorTask(Task):
-    """Predict cached tokens, given what they are conditioned on."""
+    """Predict cached tokens, given their condition."""
 
     config_type = GeneratorRun
     config: GeneratorRun
@@ -113,12 +114,12 @@ class GeneratorTask(Task):
             _check_reads_streams(kind)
             self._check_streams(condition)
         self._open_loaders(cache, rank, world_size)
-        if config.streams and condition.given is not None:  # images of which a stream may take one by itself
+        if config.streams and condition.given is not None:  # a stream may take single images of several given ones
             reader: Any = self.loader.reader
             condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
-        if config.streams:  # which a model may do with some arguments alone
+        if config.streams:  # some models read streams only with certain arguments
             _check_reads_streams(model)
         objective = None
         if not config.objective.is_plain:
@@ -152,7 +153,7 @@ class GeneratorTask(Task):
         return self.learner.model
 
     def frozen(self) -> dict[str, nn.Module]:
-        """The tokenizer, where the generator has it in its loop."""
+        """The tokenizer, if the generator needs it in training."""
         return {TOKENIZER: self.tokenizer} if self.model.needs_tokenizer else {}
 
     def losses(self, players: Mapping[str, nn.Module], batch: TokenBatch, clock: Clock) -> Iterator[Turn]:
@@ -171,9 +172,9 @@ class GeneratorTask(Task):
     def _held_out_terms(
         self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        # Some of these may be one for the whole batch, such as a share of masks.
+        # Keyed by the number of the batch: some draws are one for a whole batch, such as the share of masks.
         draws = self.model.training_draws(self._keys(batch, number))
-        draws.pop("drop", None)  # classes stay
+        draws.pop("drop", None)  # conditions are not dropped in validation
         output = self._output(learner, batch, clock, draws)
         return {"loss": output.loss} | output.metrics
 
@@ -195,8 +196,8 @@ class GeneratorTask(Task):
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
 
     def pictures(self, model: Generator) -> list[Image.Image]:
-        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has: eight
-        images, or the frames of a clip. None if the tokenizer renders none."""
+        """A grid of samples: a row for each of the first eight classes, or for each of a few conditions of the cache,
+        with eight images or the frames of a clip. Empty if the tokenizer renders no pixels."""
         if not self.tokenizer.renders:
             return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
@@ -223,7 +224,7 @@ class GeneratorTask(Task):
                 self.tokenizer.to("cpu")  # training needs the memory
         return [grid(images, columns=columns)]
 
-    def accompany(self, folder: Path) -> None:
+    def save_companions(self, folder: Path) -> None:
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
@@ -232,7 +233,7 @@ class GeneratorTask(Task):
 
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
-        self.accompany(folder)
+        self.save_companions(folder)
 
 
 def _check_reads_streams(model: Generator | type[Generator]) -> None:
@@ -243,7 +244,8 @@ def _check_reads_streams(model: Generator | type[Generator]) -> None:
 
 
 def _check_content(model: Generator, cache: TokenMixture, objective: PredictionConfig) -> None:
-    """Raise ConfigError unless the cache holds what the generator trains on: ids, or the latents that they are of."""
+    """Raise ConfigError unless the cache holds what the generator is trained on: tokens, or latents before
+    quantization."""
     name = model.registry_name
     if model.reads_latents and not objective.is_plain:
         raise ConfigError(
@@ -263,7 +265,7 @@ def _check_content(model: Generator, cache: TokenMixture, objective: PredictionC
 
 
 def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
-    """The tokens of a batch; of streams those of their last images."""
+    """The tokens of a batch; for streams, those of the last image of each."""
     if not isinstance(tokens, Streams):
         return tokens
     images = tokens.kinds == KINDS.index("image")
@@ -273,7 +275,8 @@ def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
 
 
 def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
-    """What a generator of these tokens is conditioned on: all that they are, or the chosen parts of it."""
+    """The condition of a generator: that of the cache, or the chosen parts of it. Raises ConfigError if one is
+    missing."""
     parts = cache.condition_spec.parts if chosen is None else chosen
     missing = [part for part in parts if part not in cache.condition_spec.parts]
     if missing:
@@ -286,7 +289,8 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
 
 
 def _check_texts(source: InitFrom, cache: TokenMixture, parts: Sequence[str]) -> None:
-    """Raise ConfigError for weights that were trained with another text encoder than that of the cache."""
+    """Raise ConfigError if the source was trained with another text encoder than the cache's; if it is not strict,
+    only warn."""
     home = home_of(source.path)
     known = PromptEncoder.load(home / TEXT).identities if home is not None else {}
     for part in parts:
@@ -303,7 +307,12 @@ def _check_texts(source: InitFrom, cache: TokenMixture, parts: Sequence[str]) ->
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> TokenCache | None:
-    """The cache that the run validates on, after checks that it goes with that which it trains on; None for none."""
+    """The cache for validation, checked against the training cache; None without validation.
+
+    Raises:
+        ConfigError: it has other contents, classes or conditions, or holds the training images.
+        TokenCacheError: another tokenizer made it.
+    """
     if config.validation is None or config.validation.tokens is None:
         return None
     cache = TokenCache(config.validation.tokens)
@@ -337,6 +346,6 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
 
 
 def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:
-    """Whether two caches are of the same images, as far as they tell: imported caches do not."""
+    """Whether two caches are of the same images, by their fingerprints, which imported caches do not have."""
     known = one.source_fingerprint == other.source_fingerprint != ""
     return one.folder.samefile(other.folder) or (known and torch.equal(one.labels, other.labels))

@@ -1,4 +1,4 @@
-"""Images of a run: held-out ones, examples for pictures, and how near a reconstruction comes."""
+"""Images of a run: held-out images, examples for pictures, and the PSNR of reconstructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import ConfigError, check
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader, no_samples
@@ -18,15 +17,16 @@ from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
 from vistok.data.sources import ImageSource
 from vistok.eval.reconstruction import decibels
+from vistok.signatures import ConfigError, check
 
 log = logging.getLogger(__name__)
 
 
 def held_out_images(trained: DataConfig, trained_source: Source, changes: dict | None) -> Loader[ImageBatch]:
-    """The images whose config is that of the trained ones with ``changes``; none without changes.
+    """A loader of held-out images, whose config is that of the training images with ``changes``; empty if None.
 
     Raises:
-        ConfigError: they are the trained ones, or of another shape.
+        ConfigError: they are the training images, or have another shape.
     """
     if changes is None:
         return no_samples()
@@ -63,12 +63,12 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
 
 
 def example_batch(source: Source, data: DataConfig, count: int = 8) -> ImageBatch:
-    """A few images, at most ``count``, evenly spread over the source, as evaluation sees them.
+    """At most ``count`` images, evenly spread over the source, prepared as for evaluation.
 
-    Of each of ``count`` equal parts of the source it is the first image that can be read.
+    They are the first readable images of ``count`` equal parts of the source.
 
     Raises:
-        TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
+        TooManyUnreadableError: the unreadable ones are more than 1 % of the source.
     """
     reader = batch_reader(source, data, augmented=False)
     count, batches = min(count, len(source)), []
@@ -86,6 +86,6 @@ def example_batch(source: Source, data: DataConfig, count: int = 8) -> ImageBatc
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean over images of the PSNR in dB, for pixels in [-1, 1]; the reconstruction is clamped."""
+    """The PSNR in dB, averaged over images, for pixels (B, ...) in [-1, 1]; the reconstruction is clamped."""
     error = (reconstruction.clamp(-1, 1) - target).square().flatten(1).mean(1)
     return decibels(error.clamp_min(1e-12), data_range=2.0).mean()

@@ -1,4 +1,4 @@
-"""What a tokenizer's learner minimises: named terms, weighted by the config."""
+"""The objective of a tokenizer: named terms, weighted by the config."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build, check, suggestion
 from vistok.draws import Draws, Keys
 from vistok.losses import EncoderConfig
+from vistok.signatures import ConfigError, build, check
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.teachers import (
     AlignmentTerm,
@@ -30,8 +30,9 @@ from vistok.train.tasks.terms import (
     Term,
     TermConfig,
 )
-from vistok.train.tasks.texts import TextContrastTerm
+from vistok.train.tasks.text_contrast import TextContrastTerm
 from vistok.types import MAIN, Clock, TokenizerOutput
+from vistok.utils.spelling import suggestion
 
 SETTING_TYPES = {
     "reconstructions": dict[str, dict[str, Any]],
@@ -39,7 +40,7 @@ SETTING_TYPES = {
     "lpips_weighting": str,
     "repa_encoder": EncoderConfig,
 }
-"""Keys of the losses section that are no terms, but for ``gan``."""
+"""Types of the keys in the losses section that are neither terms nor ``gan``."""
 SETTINGS = ("gan", *SETTING_TYPES)
 
 
@@ -50,29 +51,28 @@ TERMS: dict[str, type[Term]] = {
     "repa": AlignmentTerm,
     "ar_prior": ARPriorTerm,
     "semantic": SemanticTerm,
-    "low_level": SemanticTerm,  # a second one, for another feature and another encoder
+    "low_level": SemanticTerm,  # a second term, for another feature and encoder
     "classifier": ClassifierTerm,
     "code_prediction": CodePredictionTerm,
     "semantic_contrast": SemanticContrastTerm,
     "text_contrast": TextContrastTerm,
 }
-"""Terms for every tokenizer that gives what they read; all others are the tokenizer's own."""
+"""Terms for every tokenizer with the features that they read; all other terms are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
-"""Keys of the losses section that belong to a term: ``lpips_weights`` is ``lpips.weights``."""
+"""Older keys of the losses section, by term: ``lpips_weights`` means ``lpips.weights``."""
 
 
 class TokenizerObjective(nn.Module):
     """The weighted sum of pixel, perceptual, feature and code terms of a tokenizer (the adversary is separate).
 
     Args:
-        losses: by name a weight, or a section (``TermConfig``). Any of l1, l2, lpips, what the tokenizer provides
-            (codebook, commitment, entropy, logit_laplace, flow, ...), repa where it has a head for it, and semantic
-            where it names features of a raster.
+        losses: by the name of a term, its weight or its section (``TermConfig``). Terms are the keys of ``TERMS`` that
+            fit the tokenizer, and its own terms (codebook, commitment, entropy, logit_laplace, flow, …).
             ``reconstructions`` has a ``ReconstructionConfig`` by name; ``gan`` is read elsewhere.
 
     Raises:
         ConfigError: a term that this tokenizer does not provide, or no term at all.
-        CheckpointError: weights of a frozen network that cannot be had.
+        CheckpointError: the weights of a frozen network cannot be read.
     """
 
     def __init__(self, tokenizer: Tokenizer, losses: Mapping[str, Any]):
@@ -87,7 +87,7 @@ class TokenizerObjective(nn.Module):
 
     @property
     def changes(self) -> set[int]:
-        """The steps after which another set of terms counts."""
+        """The steps after which another set of terms is active."""
         configs = [*(term.config for term in self.terms.values()), *self.reconstructions.values()]
         return {step for config in configs for step in config.changes}
 
@@ -110,29 +110,36 @@ class TokenizerObjective(nn.Module):
         return any(term.reads_labels for term in self._active(step))
 
     def prepare(self, classes: Sequence[str]) -> None:
-        """Tell the terms the names of the classes.
+        """Prepare the terms before training, with the names of the classes.
 
         Raises:
-            ConfigError: a term that needs them, and there are none.
+            ConfigError: a term needs classes, and there are none.
         """
         for term in self.terms.values():
             term.prepare(classes)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Frozen networks that the terms compute with, by name."""
+        """Frozen networks that the terms use, by name."""
         return {name: network for term in self.terms.values() for name, network in term.frozen().items()}
 
     def training_draws(self, keys: Keys) -> Draws:
-        """What the terms draw from."""
+        """The random tensors that the active terms consume, by name."""
         return {name: draw for term in self._active(keys.step) for name, draw in term.training_draws(keys).items()}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> dict[str, Tensor]:
-        """The scalar terms, unweighted but for their boost, for target pixels in [-1, 1], by name; those of a
-        reconstruction besides the main one have its name behind a slash."""
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> dict[str, Tensor]:
+        """The scalar terms by name, unweighted but with their boost, for target pixels in [-1, 1].
+
+        The terms of a reconstruction other than the main one are named "term/reconstruction".
+
+        Args:
+            tokenizer: the one that made ``output``.
+        """
         terms = {}
         for term in self._active(clock.step):
             factor = term.config.factor(clock.step)
-            terms[term.name] = term(output, target, clock, draws) * factor
+            terms[term.name] = term(output, target, clock, draws, tokenizer) * factor
             for name in output.reconstructions if isinstance(term, PixelTerm) else ():
                 other = self._reconstruction(name)
                 if name != MAIN and other.active(clock.step):
@@ -156,7 +163,11 @@ class TokenizerObjective(nn.Module):
         return torch.stack([self.weight(name) * value for name, value in terms.items()]).sum()
 
     def reconstruction_total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted pixel and perceptual terms: what the adaptive GAN weight is balanced against."""
+        """The weighted sum of the pixel and perceptual terms, which the adaptive GAN weight balances.
+
+        Raises:
+            ConfigError: there are none.
+        """
         chosen = {n: v for n, v in terms.items() if self.terms[n.partition("/")[0]].compares_pixels}
         if not chosen:
             raise ConfigError("losses.gan.balance=adaptive needs a pixel or perceptual term (l1, l2, lpips)")
@@ -164,10 +175,10 @@ class TokenizerObjective(nn.Module):
 
 
 def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, TermConfig]:
-    """The configs of the terms that are on, after checking that this tokenizer provides each.
+    """The configs of the terms with a weight other than 0, after checking that this tokenizer provides each.
 
     Raises:
-        ConfigError: as above, naming the allowed terms and the nearest match.
+        ConfigError: see ``TokenizerObjective``; the message names the allowed terms and the nearest match.
     """
     allowed = (*(name for name, kind in TERMS.items() if kind.fits(tokenizer)), *tokenizer.loss_terms)
     configs = {}
@@ -203,7 +214,7 @@ def _config(name: str, value: Any, losses: Mapping[str, Any]) -> TermConfig:
 
 
 def _check_times(tokenizer: Tokenizer, losses: Mapping[str, Any], configs: Mapping[str, TermConfig]) -> None:
-    """``time`` is a weighting that only tokenizers with times can have; it is checked where LPIPS is off, too."""
+    """Refuse the weighting ``time`` for tokenizers without times, also if LPIPS is off."""
     config: Any = configs.get("lpips") or _config("lpips", 0.0, losses)
     if config.weighting == "time" and "flow" not in tokenizer.loss_terms:
         raise ConfigError(f"losses.lpips.weighting: {type(tokenizer).__name__} trains at no time; leave it out")
@@ -235,4 +246,4 @@ def _reconstructions(losses: Mapping[str, Any]) -> dict[str, ReconstructionConfi
 
 
 def _reconstruction_sections(reconstructions: dict[str, dict[str, Any]]) -> None:
-    """What the section is checked against."""
+    """Has the parameter that the ``reconstructions`` section is checked against."""

@@ -1,12 +1,12 @@
-"""Perturbation of latents in training, an option of every tokenizer with one code per token (arXiv 2509.12474)."""
+"""Perturbation of latents in training, for every tokenizer with one code per token (RobusTok, arXiv 2509.12474)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vistok.config import ConfigError, check_least
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.perturbation import Annealing, Perturbation
+from vistok.signatures import ConfigError, check_least
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock
 
@@ -16,13 +16,13 @@ class PerturbationConfig:
     """The ``perturbation`` section.
 
     Attributes:
-        rate: alpha, the probability with which a token is exchanged.
-        share: beta, the share of the images of a batch whose tokens are exchanged: the first ones of each process.
-        strength: delta, the number of nearest codes among which the new one is drawn.
-        anneal_start, anneal_end: steps between which rate and strength fall to ``end_ratio`` of themselves; with 0 they
-            stay.
+        rate: alpha, the probability with which a token is replaced.
+        share: beta, the share of a batch's images whose tokens are replaced: the first ones of each process.
+        strength: delta, the number of nearest codes from which the new one is drawn.
+        anneal_start, anneal_end: steps between which rate and strength fall to ``end_ratio`` of their values; if
+            ``anneal_end`` is 0, they stay.
         end_ratio: see ``Annealing``.
-        anneal_every: how many steps have one rate and strength: those of an epoch in RobusTok.
+        anneal_every: number of steps for which rate and strength stay the same (in RobusTok, those of an epoch).
     """
 
     rate: float = 1.0
@@ -52,7 +52,7 @@ class LatentPerturbation:
     """Sets the perturbation of a tokenizer's quantizer.
 
     Raises:
-        ConfigError: a tokenizer without a codebook of single codes.
+        ConfigError: the tokenizer has no codebook with one code per token.
     """
 
     def __init__(self, config: PerturbationConfig, tokenizer: Tokenizer):
@@ -65,7 +65,7 @@ class LatentPerturbation:
             )
 
     def set(self, tokenizer: Tokenizer, clock: Clock) -> None:
-        """The perturbation of this step."""
+        """Set the perturbation of this step."""
         for quantizer in quantizers(tokenizer):
             quantizer.perturbation = self.config.at(clock.step)
 

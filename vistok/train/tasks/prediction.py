@@ -1,10 +1,11 @@
-"""What a generator is trained to predict, and from which context.
+"""Training objectives of generators: what is predicted, and from which context.
 
-TokenUnify (Chen et al., arXiv 2405.16847) trains one network to predict the next token, all later ones, and hidden
-ones; here they are of ids, and one of these predictions is drawn for each batch. Scheduled sampling (Bengio et al.,
-arXiv 1506.03099) feeds a share of tokens that the model itself draws, in one extra pass for all of them, as Mihaylova &
-Martins do for transformers (arXiv 1906.07651). Any generator takes such a context; a mixture of predictions takes one
-that predicts an id after another. Samplers do not change: of all this only the model is exported.
+TokenUnify (Chen et al., arXiv 2405.16847) trains one network to predict the next token, all later tokens, and masked
+tokens. Here the tokens are ids, and one of these predictions is drawn for each batch. Scheduled sampling (Bengio et
+al., arXiv 1506.03099) replaces a share of the context with tokens that the model itself draws, in one extra pass for
+all of them, as Mihaylova & Martins do for transformers (arXiv 1906.07651). Most generators can be trained with such a
+context; a mixture of predictions needs one that predicts ids one after another. Sampling does not change, because only
+the model is exported.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
+from vistok.signatures import ConfigError, check_least
 from vistok.types import Clock, Condition, Expands, GeneratorOutput
 
 Prediction = Literal["next", "next_all", "random"]
@@ -30,11 +31,11 @@ NAMES: tuple[Prediction, ...] = ("next", "next_all", "random")
 
 @dataclass(frozen=True)
 class ScheduledSampling:
-    """Context tokens that the model draws itself.
+    """Scheduled sampling: the model itself draws a share of the context tokens.
 
     Attributes:
-        share: of them, at ``end`` and after it.
-        start, end: the progress of the run, 0 to 1, from which and up to which the share rises from 0, evenly.
+        share: the share from ``end`` on.
+        start, end: progress of the run, 0 to 1, between which the share rises linearly from 0.
     """
 
     share: float
@@ -58,15 +59,17 @@ class PredictionConfig:
     """The ``objective`` section of a generator's config.
 
     Attributes:
-        next, next_all, random: how often each prediction is drawn for a batch; they add up to 1. Two numbers are the
-            shares at the beginning and at the end of the run, between which they change evenly.
+        next, next_all, random: how often each prediction (the next token, later tokens, masked tokens) is drawn for a
+            batch; they add up to 1. Two numbers are the shares at the beginning and at the end of the run, between
+            which they change linearly.
         next_all_targets: how many of the later tokens each position predicts, drawn anew; 0 is all of them.
-        masked: share of the tokens that ``random`` leaves out.
-        scheduled_sampling: of the context of ``next`` and ``next_all``; None feeds the data alone.
-        token_noise: share of that context that is any id instead; of latents, which are standardised, normal noise.
+        masked: share of the tokens that ``random`` masks.
+        scheduled_sampling: for the context of ``next`` and ``next_all``; None feeds only the data.
+        token_noise: share of that context that is replaced with random ids; with normal noise for latents, which are
+            standardised.
 
-    What a context is follows from the model: the tokens before, of all scales before, whole entities (xAR), or the
-    tokens that are not masked (MAR, MaskGIT), which then are replaced alone.
+    The context depends on the model: the tokens before, those of all scales before, whole entities (xAR), or the tokens
+    that are not masked (MAR, MaskGIT), of which only these are replaced.
     """
 
     next: Share = 1.0
@@ -84,8 +87,8 @@ class PredictionConfig:
             if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
                 told = ", ".join(f"{name} {share:g}" for name, share in shares.items())
                 raise ValueError(
-                    f"the shares of next, next_all and random must be positive and add up to 1; at the {when} they are "
-                    f"{told}, {sum(shares.values()):g} in all"
+                    f"the shares of next, next_all and random must be 0 or more and add up to 1; at the {when} they "
+                    f"are {told}, {sum(shares.values()):g} in all"
                 )
         if not 0 < self.masked <= 1:
             raise ValueError(f"masked must lie in (0, 1], the share of tokens that are left out; got {self.masked}")
@@ -94,12 +97,12 @@ class PredictionConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is the generator's own training."""
+        """Whether this is the generator's own objective."""
         return self == PredictionConfig(next_all_targets=self.next_all_targets, masked=self.masked)
 
     @property
     def mixed(self) -> list[Prediction]:
-        """The predictions beside the next token."""
+        """The predictions in use other than ``next``."""
         return [name for name in NAMES[1:] if self.uses(name)]
 
     def uses(self, name: Prediction) -> bool:
@@ -117,15 +120,15 @@ def _at(share: Share, progress: float) -> float:
 
 
 class PredictionObjective(nn.Module):
-    """The loss of a batch by the prediction that is drawn for it. Its parameters are trained with the model, and end
-    with the run.
+    """The loss of a batch, by the prediction that is drawn for it. Its parameters are trained with the model, but not
+    exported.
 
     Args:
-        seed: of what is drawn for each batch.
+        seed: of the prediction that is drawn for each batch.
         max_steps: of the run.
 
     Raises:
-        ConfigError: a mixture for a generator that does not predict one id after another, or a generator that takes no
+        ConfigError: a mixture for a generator that does not predict ids one after another, or a generator that takes no
             context.
     """
 
@@ -151,17 +154,17 @@ class PredictionObjective(nn.Module):
                 self.mask = nn.Parameter(torch.randn(dim) * 0.02)
 
     def choose(self, step: int) -> Prediction:
-        """The prediction of the batch of a step, the same on all processes."""
+        """The prediction for the batches of a step; it is the same on all processes."""
         drawn = Keys(self.seed, (0,), step).uniform("objective").item()
         shares = self.config.shares(step / self.max_steps)
         for name, share in zip(NAMES, shares):
             if drawn < share:
                 return name
             drawn -= share
-        return next(name for name, share in reversed(list(zip(NAMES, shares))) if share > 0)  # but for rounding
+        return next(name for name, share in reversed(list(zip(NAMES, shares))) if share > 0)  # reached by rounding only
 
     def training_draws(self, keys: Keys, model: Generator) -> Draws:
-        """What ``forward`` draws from at the step of ``keys``, by name."""
+        """The random tensors that ``forward`` consumes at the step of ``keys``, by name."""
         chosen, length = self.choose(keys.step), model.spec.length
         draws: Draws = {}
         if chosen == "random":
@@ -185,7 +188,7 @@ class PredictionObjective(nn.Module):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
-        """The loss of tokens (B, L[, D]), and its value by the prediction's name among the metrics."""
+        """The loss of tokens (B, L[, D]); the metrics have it once more under the prediction's name."""
         chosen = self.choose(clock.step)
         if chosen == "random":
             output = self._random(cast(AutoregressiveGenerator, model), tokens, condition, draws)
@@ -207,7 +210,8 @@ class PredictionObjective(nn.Module):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor | None:
-        """What is fed in place of tokens (B, L[, D]), of the form of ``Generator.context_of``; None for themselves."""
+        """The context in place of tokens (B, L[, D]), in the form of ``Generator.context_of``; None if it is the tokens
+        themselves."""
         context = None
         scheduled = self.config.scheduled_sampling
         share = 0.0 if scheduled is None else scheduled.at(clock.progress)
@@ -227,9 +231,11 @@ class PredictionObjective(nn.Module):
     def next_all_logits(
         self, model: AutoregressiveGenerator, hidden: Tensor, places: Tensor, wanted: Tensor
     ) -> list[Tensor]:
-        """Logits (B, L, m, V_p), of each part of ids, of tokens at places (B or 1, L, m), from hidden states (B, L, D).
+        """Logits (B, L, m, V_p), for each part of ids, of m later tokens per position.
 
         Args:
+            hidden: hidden states (B, L, D).
+            places: (B or 1, L, m), the positions of the tokens.
             wanted: (B, L, m), the tokens; an id in parts is predicted part by part.
         """
         if self.target_positions is None or self.look_ahead is None:
@@ -246,8 +252,8 @@ class PredictionObjective(nn.Module):
         condition: Condition,
         draws: Draws,
     ) -> GeneratorOutput:
-        """The mean over positions k of the mean over targets j >= k of the cross entropy of token j, given those before
-        k, in the order in which the model predicts."""
+        """The cross entropy of token j given the tokens before k, averaged over targets j >= k, then over k, in the
+        order in which the model predicts."""
         condition = model.drop_condition(condition, draws)
         entries = model.ordered_entries(tokens if context is None else context, condition, draws)
         hidden, length = _hidden(model, entries, condition), tokens.shape[1]
@@ -270,9 +276,9 @@ class PredictionObjective(nn.Module):
     def _random(
         self, model: AutoregressiveGenerator, tokens: Tensor, condition: Condition, draws: Draws
     ) -> GeneratorOutput:
-        """The mean cross entropy of tokens that are left out, given all others: attention goes both ways.
+        """The mean cross entropy of masked tokens, given all others, with bidirectional attention.
 
-        The token that the model predicts last is never fed, so that it always counts as left out.
+        The token that the model predicts last is never an input, so it always counts as masked.
         """
         condition = model.drop_condition(condition, draws)
         chosen = draws["hidden"] < self.config.masked
@@ -305,11 +311,11 @@ def _hidden(
     masked: Tensor | None = None,
     mask_vector: Tensor | None = None,
 ) -> Tensor:
-    """The hidden states (B, L, D) that tokens are predicted from, in order; that of token k has seen the tokens before
-    it.
+    """The hidden states (B, L, D) from which tokens are predicted, in order; that of token k depends on the tokens
+    before it.
 
     Args:
-        masked: (B, L), which tokens are not seen, with ``mask_vector`` on their entries; attention goes both ways.
+        masked: (B, L) bool; ``mask_vector`` is added to the entries of masked tokens, and attention is bidirectional.
     """
     x, length = entries.x, entries.x.shape[1]
     mask = model.attention_mask(condition, 0, length)
@@ -317,7 +323,7 @@ def _hidden(
         shift = torch.zeros_like(x)
         shift[:, entries.tokens] = (masked[:, :-1, None] * mask_vector).to(x)
         x = x + shift
-        # The last entry sees all that may be seen.
+        # The last entry attends to all entries that are valid.
         mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=x.device) if mask is None else mask[:, :, -1:]
         mask = mask.expand(-1, -1, length, -1)
     return model.transform(x, entries.positions, mask, None, *model.condition_state(condition))[:, entries.states]

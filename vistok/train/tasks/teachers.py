@@ -1,4 +1,4 @@
-"""Terms of a tokenizer's objective with a frozen network: a classifier, another tokenizer, a vision transformer."""
+"""Terms of a tokenizer's objective that use a frozen network: a classifier, another tokenizer, or an image encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError
 from vistok.draws import Draws
 from vistok.losses import (
     ClassifierDistance,
@@ -20,6 +19,7 @@ from vistok.losses import (
 from vistok.nn.alignment import AlignmentHead
 from vistok.nn.frozen import Frozen
 from vistok.pipelines.folders import load_tokenizer
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import PixelTerm, Term, TermConfig
 from vistok.types import Clock, TokenizerOutput
@@ -30,7 +30,7 @@ CONTRAST_ENCODER = EncoderConfig(image_size=256)
 
 @dataclass(frozen=True)
 class ClassifierConfig(TermConfig):
-    """The distance of a classifier's logits.
+    """The distance between a classifier's logits.
 
     Attributes:
         weights: ConvNeXt-S's weights file; None downloads torchvision's.
@@ -40,7 +40,7 @@ class ClassifierConfig(TermConfig):
 
 
 class ClassifierTerm(PixelTerm):
-    """Mean squared difference of ConvNeXt-S's logits, of pixels in [-1, 1]. Weight maps do not apply to it."""
+    """Mean squared difference of ConvNeXt-S's logits for pixels in [-1, 1]. Weight maps have no effect on it."""
 
     config_type = ClassifierConfig
     config: ClassifierConfig
@@ -99,7 +99,9 @@ class CodePredictionTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"codec": self.codec.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         codes = self.codec.network.encode(target)  # (B, P)
         return F.cross_entropy(output.features["code_logits"].float().mT, codes)
 
@@ -109,10 +111,10 @@ class SemanticContrastConfig(TermConfig):
     """The semantic loss of RobusTok (arXiv 2509.12474).
 
     Attributes:
-        encoder: the frozen vision transformer whose class feature is the partner of the latents.
-        patch_size: side of its patches; None for its own.
+        encoder: the frozen vision transformer; its class feature is the partner of the latents.
+        patch_size: side of its patches; None keeps the model's own.
         scale: factor of the inner products.
-        normalise: compare l2-normalised vectors.
+        normalise: whether vectors are l2-normalised first.
     """
 
     encoder: EncoderConfig = CONTRAST_ENCODER
@@ -122,10 +124,10 @@ class SemanticContrastConfig(TermConfig):
 
 
 class SemanticContrastTerm(Term):
-    """Tell the mean of an image's quantized latents from those of the others, by the class feature of the image.
+    """Contrastive loss between the mean of an image's quantized latents and the class feature of the image.
 
-    The class feature is projected as the tokenizer projects features of that width, if it does; else by a linear layer
-    of the term's own.
+    The tokenizer projects the class feature if its ``semantic_dim`` is that of the feature; else a linear layer of this
+    term does.
     """
 
     config_type = SemanticContrastConfig
@@ -133,11 +135,11 @@ class SemanticContrastTerm(Term):
 
     def __init__(self, name: str, config: SemanticContrastConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
-        guide = SemanticGuide.from_config(config.encoder, config.patch_size)
+        option = f"losses.{name}.encoder.weights"
+        guide = SemanticGuide.from_config(config.encoder, config.patch_size, option=option)
         self.guide = Frozen(guide)
         own = tokenizer.semantic_dim == guide.dim
-        self.projection = nn.Identity() if own else nn.Linear(guide.dim, tokenizer.spec.dim)
-        self.project = tokenizer.project_semantic if own else self.projection.forward
+        self.projection = None if own else nn.Linear(guide.dim, tokenizer.spec.dim)
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
@@ -146,8 +148,11 @@ class SemanticContrastTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"contrast_encoder": self.guide.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        partners = self.project(self.guide.network(target))
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
+        project = tokenizer.project_semantic if self.projection is None else self.projection
+        partners = project(self.guide.network(target))
         mean = output.features["quantized"].mean(1)
         return contrastive_loss(mean, partners, scale=self.config.scale, normalise=self.config.normalise)
 
@@ -164,7 +169,7 @@ class AlignmentTermConfig(TermConfig):
 
 
 class AlignmentTerm(Term):
-    """1 - cosine of the tokenizer's feature "alignment" and the frozen encoder's patch features."""
+    """1 - the cosine similarity of the tokenizer's feature "alignment" and the frozen encoder's patch features."""
 
     config_type = AlignmentTermConfig
     config: AlignmentTermConfig
@@ -186,19 +191,21 @@ class AlignmentTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"repa_encoder": self.encoder.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         weights = output.weight_maps.get("alignment")
         return alignment_distance(output.features["alignment"], self.encoder.network(target), weights).mean()
 
 
 @dataclass(frozen=True)
 class SemanticConfig(TermConfig):
-    """Semantic regularisation (GigaTok, arXiv 2504.08736): features are to tell those of a frozen encoder.
+    """Semantic regularisation (GigaTok, arXiv 2504.08736): features predict those of a frozen encoder.
 
     Attributes:
-        feature: which; the tokenizer names them.
+        feature: a name in the tokenizer's ``raster_features``.
         encoder: the frozen encoder; "efficientnet_lite0" needs no download.
-        hidden_ratio: width of the head between both, in units of the feature's.
+        hidden_ratio: hidden width of the head that predicts, relative to that of the feature.
     """
 
     feature: str = "decoded"
@@ -212,8 +219,8 @@ class SemanticConfig(TermConfig):
 
 
 class SemanticTerm(Term):
-    """1 - cosine of a feature of the tokenizer, behind a head that is trained with it, and the frozen encoder's patch
-    features. Rasters of other sizes are resized."""
+    """1 - the cosine similarity of a tokenizer's feature, after a trained head, and the frozen encoder's patch
+    features. A raster of another size is resized."""
 
     config_type = SemanticConfig
     config: SemanticConfig
@@ -232,7 +239,9 @@ class SemanticTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {f"{self.name}_encoder": self.encoder.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         feature = self.config.feature
         aligned, weights = self.head(output.features[feature]), output.weight_maps.get(feature)
         return alignment_distance(aligned, self.encoder.network(target), weights).mean()

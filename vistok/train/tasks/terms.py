@@ -1,5 +1,5 @@
-"""Terms of a tokenizer's objective: its own, of pixels, and of an autoregressive prior. Those with teachers are in
-``teachers``."""
+"""Terms of a tokenizer's objective: its own terms, pixel and perceptual terms, and an autoregressive prior. Terms with
+other frozen networks are in ``teachers``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints.bounds import OversizedError, check_bytes, construct
-from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
 from vistok.nn.frozen import Frozen
+from vistok.signatures import ConfigError, check_least
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
 
 @dataclass(frozen=True)
 class TermConfig:
-    """One term of the objective; in place of the section a number is its weight.
+    """The config of a term. A number in place of the section is its weight.
 
     Attributes:
-        start_step, until_step: the step from which on it counts, and the one from which on it no longer does.
-        boost, boost_steps: at step 0 it counts 1 + boost times as much, and until ``boost_steps`` that falls evenly to
-            once (Open-MAGVIT2 asks so for even use of its codes). The term is logged as it counts.
+        weight: of the term in the sum.
+        start_step, until_step: the first step at which the term is active, and the first at which it no longer is.
+        boost, boost_steps: the term is multiplied by 1 + boost at step 0, which falls linearly to 1 at ``boost_steps``
+            (Open-MAGVIT2 does so for the even use of its codes). The log shows the multiplied value.
     """
 
     weight: float
@@ -42,7 +43,7 @@ class TermConfig:
             raise ValueError(f"weight must be finite, got {self.weight}")
 
     def factor(self, step: int) -> float:
-        """How many times as much it counts at a step."""
+        """The factor of the boost at a step."""
         return 1 + self.boost * max(0.0, 1 - step / self.boost_steps)
 
     def active(self, step: int) -> bool:
@@ -50,69 +51,78 @@ class TermConfig:
 
     @property
     def changes(self) -> tuple[int, ...]:
-        """The steps after which it begins or ends."""
+        """The steps after which the term begins or ends."""
         return tuple(step for step in (self.start_step, self.until_step) if step)
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig(TermConfig):
-    """How much a reconstruction besides the main one counts, of the weights of all terms that compare pixels."""
+    """The config of a reconstruction besides the main one; its weight multiplies those of all terms that compare
+    pixels."""
 
     weight: float = 1.0
 
 
 class Term(nn.Module):
-    """A named term. Its parameters, if it has any, are trained with the tokenizer, and end with the run."""
+    """A named term. Its parameters, if it has any, are trained with the tokenizer, but not exported."""
 
     config_type: ClassVar[type[TermConfig]] = TermConfig
     compares_pixels: bool = False
-    """Whether the adaptive weight of a GAN is balanced against it."""
+    """Whether the adaptive weight of a GAN balances this term."""
     reads_codes: bool = False
-    """Whether it reads the feature "codes", the tokenizer's whole codebook."""
+    """Whether the term reads the feature "codes", the tokenizer's whole codebook."""
     reads_labels: ClassVar[bool] = False
-    """Whether it reads the feature "labels", the classes of the batch."""
+    """Whether the term reads the feature "labels", the classes of the batch."""
 
     def __init__(self, name: str, config: TermConfig):
         super().__init__()
         self.name, self.config = name, config
 
     needs: ClassVar[str] = ""
-    """What a tokenizer has to give, for the error of one that does not."""
+    """What a tokenizer must provide, for error messages."""
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
-        """Whether the tokenizer gives what the term reads."""
+        """Whether the tokenizer provides what the term reads."""
         return True
 
     def prepare(self, classes: Sequence[str]) -> None:
-        """Get to know the names of the classes, before training."""
+        """Prepare for training, with the names of the classes."""
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Frozen networks that it computes with, by name."""
+        """Frozen networks that the term uses, by name."""
         return {}
 
     def training_draws(self, keys: Keys) -> Draws:
-        """What ``forward`` draws from, under names of its own."""
+        """The random tensors that ``forward`` consumes, under names of its own."""
         return {}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        """The unweighted scalar, for target pixels in [-1, 1]."""
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
+        """The unweighted scalar term, for target pixels in [-1, 1].
+
+        Args:
+            tokenizer: the one that made ``output``: the trained one, or in validation the averaged one.
+        """
         raise NotImplementedError
 
 
 class OwnTerm(Term):
-    """A term that the tokenizer computes itself: the mean of the entry of its name in ``output.losses``."""
+    """A term that the tokenizer computes itself: the mean of ``output.losses[name]``."""
 
     def __init__(self, name: str, config: TermConfig):
         super().__init__(name, config)
         self.compares_pixels = name == "logit_laplace"
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         return output.losses[self.name].mean()
 
 
 class PixelTerm(Term):
-    """A term that compares a reconstruction with its target, and applies to each of them."""
+    """A term that compares a reconstruction with the target, and applies to each reconstruction."""
 
     compares_pixels = True
 
@@ -120,7 +130,9 @@ class PixelTerm(Term):
     def fits(cls, tokenizer: Tokenizer) -> bool:
         return tokenizer.reconstructs
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         return self.compare(MAIN, output, target)
 
     def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
@@ -129,7 +141,7 @@ class PixelTerm(Term):
 
 
 class DistanceTerm(PixelTerm):
-    """A distance of pixels in the tokenizer's native range, so that weights mean what they mean in its paper."""
+    """A distance between pixels in the tokenizer's native range, so that weights have the scale of its paper."""
 
     distances: ClassVar[Mapping[str, type[nn.Module]]] = {"l1": L1, "l2": L2}
 
@@ -148,9 +160,10 @@ class PerceptualConfig(TermConfig):
 
     Attributes:
         weights: its weights file; None downloads the published one.
-        weighting: ``time`` counts an image 2t times, t being its time in a flow tokenizer's training.
-        pixels: LPIPS is made for pixels in [-1, 1] (``public``); ``native`` hands it those of the tokenizer's range, as
-            recipes in [0, 1] do.
+        weighting: ``time`` multiplies the distance of an image by 2t, where t is its time in a flow tokenizer's
+            training.
+        pixels: ``public`` passes pixels in [-1, 1], as LPIPS expects; ``native`` passes them in the tokenizer's range,
+            as recipes in [0, 1] do.
     """
 
     weights: str | None = None
@@ -159,7 +172,7 @@ class PerceptualConfig(TermConfig):
 
 
 class PerceptualTerm(PixelTerm):
-    """LPIPS, of pixels in [-1, 1]. Weight maps do not apply to it."""
+    """LPIPS. Weight maps have no effect on it; clips are compared frame by frame."""
 
     config_type = PerceptualConfig
     config: PerceptualConfig
@@ -174,7 +187,7 @@ class PerceptualTerm(PixelTerm):
 
     def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
         pixels = output.reconstructions[reconstruction]
-        if pixels.ndim == 5:  # of clips the frames are compared
+        if pixels.ndim == 5:
             pixels, target = (rearrange(clips, "b c t h w -> (b t) c h w") for clips in (pixels, target))
         distances = self.lpips.network(self.as_seen(pixels), self.as_seen(target))
         factor = 2 * output.features["time"] if self.config.weighting == "time" else 1
@@ -183,19 +196,7 @@ class PerceptualTerm(PixelTerm):
 
 @dataclass(frozen=True)
 class ARPriorConfig(TermConfig):
-    """The prior and its rounds of scheduled sampling; see ``ARPrior``.
-
-    Attributes:
-        num_layers, num_heads, dim: of the GPT.
-        drop: its dropout.
-        normalize: l2-normalise its predictions, for codes that are normalised.
-        temperature: of its logits.
-        num_rounds: passes per step.
-        mix_ratio: share of positions that later rounds see replaced, at the most.
-        mix_until: the share grows until this share of the run is over.
-        average_rounds: the loss is the mean over all rounds, else that of the last.
-        detach_early_rounds: rounds before the last do not reach the tokenizer.
-    """
+    """The config of the autoregressive prior; see ``ARPrior`` for all keys."""
 
     num_layers: int = 12
     num_heads: int = 6
@@ -211,8 +212,8 @@ class ARPriorConfig(TermConfig):
 
 
 class ARPriorTerm(Term):
-    """A small autoregressive model of the tokens, trained beside the tokenizer, which learns tokens that are easy to
-    predict in their order. Cross entropy in nats per token."""
+    """The cross entropy, in nats per token, of a small autoregressive model that is trained with the tokenizer, so that
+    the tokens become easy to predict."""
 
     config_type = ARPriorConfig
     config: ARPriorConfig
@@ -240,6 +241,8 @@ class ARPriorTerm(Term):
     def training_draws(self, keys: Keys) -> Draws:
         return self.prior.training_draws(keys, self.length)
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         quantized, codes = (output.features[name] for name in ("quantized", "codes"))
         return self.prior(quantized, output.tokens, codes, progress=clock.progress, draws=draws).loss

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from vistok.checkpoints.bounds import OversizedError, construct
-from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import Source, training_loader
@@ -26,38 +25,39 @@ from vistok.pipelines.folders import TOKENIZER
 from vistok.pipelines.texts import TextConfig
 from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
+from vistok.signatures import ConfigError, KeysOf, build
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
-from vistok.train.monitor import CodebookMonitor, CodebookWatch
+from vistok.train.monitor import CodebookMonitor, CodebookWatch, expected_usage
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import text_guide, text_of
+from vistok.train.tasks.text_conditions import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
 STANDARDISED_ON = 256
-"""Images that the mean and the scale of continuous latents are measured on."""
+"""The number of images on which the mean and the scale of continuous latents are measured."""
 
 
 def loss_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``losses`` section, but for the tokenizer's own terms, which are numbers."""
+    """The types of the keys in a ``losses`` section, except for the tokenizer's own terms."""
     return {"gan": GanConfig, **SETTING_TYPES} | {name: kind.config_type for name, kind in TERMS.items()}
 
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
-    """The run of a tokenizer.
+    """The config of a tokenizer's run.
 
     Attributes:
-        losses: terms by name, a weight or a section each (see ``TokenizerObjective``); ``gan`` is the adversary's.
+        losses: by the name of a term, its weight or section (see ``TokenizerObjective``); ``gan`` is the adversary's.
         data: the images.
-        perturbation: exchanges tokens for near codes in training (see ``PerturbationConfig``); None does not.
-        decoder_only: leave all that tokens depend on as it is, besides what ``freeze`` names, so that the tokenizer
-            still makes the tokens that generators know.
-        text: what the captions of images become, for a tokenizer that decodes with texts; None shows it none.
+        perturbation: replaces tokens with near codes in training (see ``PerturbationConfig``); None is off.
+        decoder_only: also freezes all parameters that tokens depend on, so that the tokenizer still makes the tokens
+            that generators were trained on.
+        text: how captions become conditions, for a tokenizer that decodes with texts; None reads no captions.
     """
 
     needed = "data"
@@ -80,7 +80,7 @@ class TokenizerRun(RunConfig):
 
 
 class TokenizerLearner(Learner):
-    """A tokenizer and its objective; ``perturbation`` exchanges its tokens for near codes, if there is one."""
+    """A tokenizer and its objective; ``perturbation``, if given, replaces its tokens with near codes."""
 
     model: Tokenizer
 
@@ -100,9 +100,9 @@ class TokenizerLearner(Learner):
         """The tokenizer's output for pixels (B, C, H, W), or clips, and the unweighted terms of its objective.
 
         Args:
-            target: what to reconstruct where it is not the pixels.
+            target: the pixels to reconstruct; None if they are ``pixels``.
             labels: (B,) classes, -1 where there is none.
-            condition: what the tokenizer is told of the images, where it reads a condition.
+            condition: of the images, for a tokenizer that reads one.
         """
         if self.perturbation is not None:
             self.perturbation.set(self.model, clock)
@@ -111,7 +111,7 @@ class TokenizerLearner(Learner):
             output.features["codes"] = self.model.codes()
         if self.objective.reads_labels(clock.step):
             output.features["labels"] = labels
-        return output, self.objective(output, pixels if target is None else target, clock, draws)
+        return output, self.objective(output, pixels if target is None else target, clock, draws, self.model)
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys) | self.objective.training_draws(keys)
@@ -206,7 +206,7 @@ class TokenizerTask(Task):
     def _output(
         self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys, source: Source
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
-        """``source`` is what the batch is of."""
+        """The learner's output for a batch from ``source``."""
         with record_function("draws"):
             draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
         return learner(batch.pixels, batch.target, clock, draws, batch.labels, self._condition(batch, keys, source))
@@ -221,10 +221,10 @@ class TokenizerTask(Task):
         batch: ImageBatch,
         shown: tuple[Tensor, Keys] | None = None,
     ) -> Turn:
-        """The learner's turn; ``shown`` is what the adversary gets to see, with its keys, if it takes part."""
+        """The learner's turn; ``shown`` are the images for the adversary and their keys, if it takes part."""
         total = self.learner.objective.total(terms)
         if shown is not None and self.adversary is not None and self.gan is not None:
-            g_loss = self.adversary.fool(*shown)
+            g_loss = self.adversary.generator_loss(*shown)
             total = total + self._gan_weight(self.gan, terms, g_loss) * g_loss
             terms = terms | {"g_loss": g_loss}
         logged = {name: value.detach() for name, value in terms.items()}
@@ -243,7 +243,7 @@ class TokenizerTask(Task):
     def _held_out_terms(
         self, learner: TokenizerLearner, batch: ImageBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        # Each image has draws of its own, in whichever batch.
+        # The draws of an image do not depend on its batch.
         keys = Keys.of(self.seed, batch.indices, 0).on(batch.pixels.device)
         output, terms = self._output(learner, batch, clock, keys, cast(Any, self.held_out.reader).source)
         return {"loss": learner.objective.total(terms)} | terms | _psnr_of(output, _target(batch))
@@ -273,7 +273,7 @@ class TokenizerTask(Task):
         return example_batch(self._source, self.data, count).pixels
 
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
-        """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
+        """A picture of originals above their reconstructions; of originals alone if the tokenizer renders no pixels."""
         if not model.renders:
             return [overview(self._examples.pixels)]
         examples = on_device(self._examples, model.device)
@@ -288,7 +288,7 @@ class TokenizerTask(Task):
 
 
 def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | None:
-    """The ``gan`` section of ``losses``, or None."""
+    """The ``gan`` section of ``losses``, or None. Raises ConfigError if the tokenizer cannot have one."""
     section = losses.get("gan")
     if section is None:
         return None
@@ -300,17 +300,17 @@ def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | N
 
 
 def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int) -> CodebookWatch | None:
-    """Only discrete tokenizers have a codebook; the remedies are those that this one offers and does not use yet."""
+    """Watches the codebook of a discrete tokenizer; None for a continuous one."""
     if not tokenizer.spec.discrete or config.data is None:
         return None
     training, size = config.training, tokenizer.spec.num_ids
     images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
-    possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
+    possible = expected_usage(size, images * tokenizer.spec.length * tokenizer.spec.depth)
     return CodebookWatch(possible, _remedies(tokenizer, config.losses))
 
 
 def _remedies(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> list[str]:
-    """What the tokenizer, or the quantizer that it took by name, offers against dying codes and does not use yet."""
+    """The options against dying codes that the tokenizer, or its named quantizer, has and does not use yet."""
     arguments, where, restart, norm = tokenizer.config, "model", "codebook_restart_after", "codebook_l2_norm"
     if named := arguments.get("quantizer"):
         parameters = inspect.signature(QUANTIZERS[named["name"]]).parameters.values()
@@ -331,7 +331,7 @@ def _target(batch: ImageBatch) -> Tensor:
 
 
 def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
-    """The PSNR of a training output, of tokenizers that reconstruct in training."""
+    """The PSNR of a training output; empty if the tokenizer does not reconstruct in training."""
     return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
 
 

@@ -116,10 +116,10 @@ class Jacobi:
         if session.step < stop:
             yield from Plain().run(session, session.step + 1)  # leaves exactly one token to feed, as windows need
         if session.step < stop:
-            yield from _Windows(session, stop).run()
+            yield from _JacobiLoop(session, stop).run()
 
 
-class _Windows:
+class _JacobiLoop:
     """The passes from the session's step up to ``stop``."""
 
     def __init__(self, session: SamplingSession, stop: int):

@@ -1,4 +1,4 @@
-"""Texts that a tokenizer's decoder reads in training."""
+"""Texts as conditions of a tokenizer's decoder in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def text_guide(config: TextConfig | None, tokenizer: Tokenizer, data: DataConfig) -> TextGuide | None:
-    """The guide of a run, which warns where a tokenizer would read texts and gets none."""
+    """The text guide of a run, or None; warns if the tokenizer can decode with texts, but the config has none."""
     if config is not None:
         return TextGuide(config, tokenizer, data.captions)
     if tokenizer.condition_spec.parts:
@@ -29,5 +29,5 @@ def text_guide(config: TextConfig | None, tokenizer: Tokenizer, data: DataConfig
 
 
 def text_of(batch: ImageBatch, captions: CaptionReader, keys: Keys) -> Condition:
-    """The condition of a batch, where its pixels are; of several captions of an image one is drawn."""
+    """The condition of a batch, on the device of its pixels; one of several captions of an image is drawn."""
     return captions.condition(batch, keys.uniform("caption").cpu()).to(batch.pixels.device)

@@ -1,4 +1,4 @@
-"""The term of a tokenizer's objective that compares images with texts."""
+"""The term of a tokenizer's objective that contrasts images with texts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError, check_least
 from vistok.data.captions import class_caption
 from vistok.draws import Draws
+from vistok.losses import symmetric_cross_entropy
+from vistok.signatures import ConfigError, check_least
 from vistok.text import open_text_encoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import Term, TermConfig
@@ -25,12 +26,13 @@ class TextContrastConfig(TermConfig):
     """Contrastive training with texts: SEED's first stage (arXiv 2307.08041, section 3.1).
 
     Attributes:
-        encoder: folder or hub name of a text encoder, for example an unpacked MiniLM; texts are its mean states.
-        feature: the tokenizer's feature whose last position is compared.
-        dim: channels in which both are compared.
-        temperature: of the inner products, at first; it is trained.
+        encoder: folder or hub name of a text encoder, for example an unpacked MiniLM; the mean of its states stands for
+            a text.
+        feature: the tokenizer's feature; its last position stands for an image.
+        dim: channels to which both are projected.
+        temperature: initial temperature of the inner products; it is trained.
         label_smoothing: of the cross entropies.
-        text_length: tokens of a text, at most.
+        text_length: the most tokens of a text.
     """
 
     encoder: str = ""
@@ -52,10 +54,10 @@ class TextContrastConfig(TermConfig):
 
 
 class TextContrastTerm(Term):
-    """Tell the text of an image from those of the batch, and the images of a text from the others, symmetrically.
+    """Contrastive loss between images and texts, in both directions.
 
-    The texts are the names of the classes, so that several pairs of a batch can have one text: what is right is spread
-    evenly over them.
+    The texts are the names of the classes, so several pairs of a batch can have the same text. The target is then
+    spread evenly over them.
     """
 
     config_type = TextContrastConfig
@@ -89,7 +91,9 @@ class TextContrastTerm(Term):
         means = [torch.from_numpy(np.asarray(piece.values)).float().mean(0) for piece in self._encoder.encode(names)]
         self.texts = torch.stack(means)  # (K, channels of the encoder)
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         labels = output.features["labels"]
         known = labels >= 0
         images = F.normalize(self.image_projection(output.features[self.config.feature][known, -1].float()), dim=-1)
@@ -98,11 +102,12 @@ class TextContrastTerm(Term):
 
 
 def contrast(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of rows and of columns of logits (B, B), of images and texts with labels (B,): equal labels
-    are right alike."""
+    """The mean cross entropy of the rows and the columns of logits (B, B) between images and texts.
+
+    The target of each is spread evenly over all entries with the same label (B,).
+    """
     if not len(labels):
         return logits.sum()  # 0, with a gradient
     alike = (labels[:, None] == labels).to(logits)
     wanted = alike / alike.sum(1, keepdim=True)
-    losses = [F.cross_entropy(part, wanted, label_smoothing=label_smoothing) for part in (logits, logits.T)]
-    return (losses[0] + losses[1]) / 2
+    return symmetric_cross_entropy(logits, wanted, label_smoothing=label_smoothing)
