@@ -103,8 +103,8 @@ def override(
         values: plain values, in which ``${`` is text; or a config of OmegaConf, in which it is a reference.
         source: name of ``values`` in messages.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf import MISSING, OmegaConf
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
     if malformed:
@@ -114,6 +114,8 @@ def override(
     for text in overrides:
         parts = text.partition("=")[0].split(".")
         value = _override_value(text, _annotation_at(target, parts, texts), allowed)
+        if value == MISSING:  # which OmegaConf would leave as it was
+            raise ConfigError(f"override {text!r}: ??? stands for a value that is left open; give one")
         for part in reversed(parts):
             value = {part: value}
         try:
@@ -129,6 +131,10 @@ def override(
         raise ConfigError(f"{source}: a reference leads back to itself") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{source}: {error.full_key} is left open (???); give it: {error.full_key}=…") from error
+    except InterpolationKeyError as error:
+        raise ConfigError(
+            f"{source}: {error.full_key}: {str(error).splitlines()[0]}; if ${{ is part of a text, write \\${{"
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
 

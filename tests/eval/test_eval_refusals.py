@@ -12,9 +12,11 @@ from PIL import Image
 from support.eval_data import as_tensor, batch_statistics, smooth_images, write_folder
 
 from vistok.eval import evaluate, evaluate_reconstruction, make_reference
+from vistok.eval.images import ImageError
 from vistok.eval.metrics import Gaussian, frechet_distance
 from vistok.eval.networks import CallableNetwork
 from vistok.eval.references import InvalidReferenceError, open_reference
+from vistok.eval.sweep import Setting
 
 OWN = {"features": batch_statistics, "network": "colours"}
 
@@ -124,7 +126,7 @@ def test_notes_are_said_once(tmp_path: Path):
     network = CallableNetwork(batch_statistics, "colours")
     notes = evaluate_reconstruction(originals, made, network=network)["warnings"]
     assert len(notes) == len(set(notes))
-    for kind in ("lossily compressed", "is not an image"):
+    for kind in ("lossily compressed", "other file is ignored"):
         sides = [note.partition(":")[0] for note in notes if kind in note]
         assert len(sides) == len(set(sides)) > 0
 
@@ -160,4 +162,71 @@ def test_what_was_read_is_recorded(tmp_path: Path):
         "splits": None,
     }
     assert result["versions"]["pillow"]
-    assert any("1 file is not an image and is ignored: z.heic2" in note for note in result["warnings"])
+    assert any("1 other file is ignored: z.heic2" in note for note in result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("values", "doubted"),
+    [((-1, 1), False), ((-1.3, 1.3), False), ((0, 1), True), ((0, 255), True), ((0.5, 0.5), False)],
+)
+def test_float_pixels_of_another_range_are_doubted(values: tuple[float, float], doubted: bool):
+    low, high = values
+    images = low + (high - low) * torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    real = as_tensor(smooth_images(4, seed=0))
+    for result in (evaluate(images, real, metrics=["fid"], **OWN), evaluate_reconstruction(real, images)):
+        found = [note for note in result["warnings"] if "float pixels are read as [-1, 1]" in note]
+        assert len(found) == doubted
+
+
+def test_equal_images_are_no_false_reconstructions(tmp_path: Path):
+    folder = write_folder(tmp_path / "x", np.full((4, 24, 24, 3), 77, np.uint8))
+    notes = evaluate_reconstruction(folder, folder)["warnings"]
+    assert not any("are these reconstructions" in note for note in notes)
+
+
+def test_too_few_images_are_told_before_anything_is_computed(tmp_path: Path):
+    network = CallableNetwork(batch_statistics, "colours")
+    folder = write_folder(tmp_path / "x", smooth_images(1, seed=0))
+    with pytest.raises(ImageError, match=r"rFID needs at least 2 images, and .*x has 1"):
+        evaluate_reconstruction(folder, folder, network=network)
+    with pytest.raises(ImageError, match=r"at least 2 images, and .*x has 1"):
+        make_reference(folder, tmp_path / "ref.npz", network)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ImageError, match="no images in"):
+        evaluate(tmp_path / "none", folder, **OWN)
+
+
+def test_a_reference_is_called_npz_before_it_is_made(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"call it .*ref\.npz in place of"):
+        make_reference(
+            as_tensor(smooth_images(4, seed=0)), tmp_path / "ref", CallableNetwork(batch_statistics, "colours")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_crop_beyond_the_machine_is_refused(tmp_path: Path):
+    folder = write_folder(tmp_path / "x", smooth_images(2, seed=0))
+    with pytest.raises(ImageError, match=r"1,000,000 x 1,000,000 pixels \(crop=1000000\) would take"):
+        evaluate(folder, folder, crop=1_000_000, **OWN)
+
+
+def test_a_protocol_is_guessed_and_no_metric_is_none():
+    images = as_tensor(smooth_images(4, seed=0))
+    for wrong, meant in (("torch-fidelty", "torch-fidelity"), ("ADM", "adm"), ("perturbtion", "perturbation")):
+        with pytest.raises(ValueError, match=f"unknown protocol .*did you mean '{meant}'"):
+            evaluate(images, images, protocol=wrong)
+    with pytest.raises(ValueError, match="no metric is named; known: fid"):
+        evaluate(images, images, metrics=[], **OWN)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int64, bool, object])
+def test_images_of_an_npz_are_8_bit(tmp_path: Path, dtype: type):
+    np.savez(tmp_path / "x.npz", np.zeros((4, 24, 24, 3), dtype))
+    with pytest.raises(ImageError, match=r"'arr_0' of .*x\.npz is .*expected row-major uint8 \(N, H, W, 3\)"):
+        evaluate(tmp_path / "x.npz", tmp_path / "x.npz", **OWN)
+
+
+def test_near_scales_have_folders_of_their_own():
+    settings = Setting.over([1.5, 1.5000001, 2], [0.9, 0.90000001], {})
+    assert len({setting.folder for setting in settings}) == len(settings)
+    assert settings[0].folder == "guidance-1.5-temperature-0.9"

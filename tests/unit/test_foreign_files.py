@@ -241,3 +241,29 @@ def test_text_stays_text_where_the_key_is_a_string(tmp_path: Path, text: str, va
     for part in text.partition("=")[0].split("."):
         found = found[part]
     assert found == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a=b", "=", "=x", "a,b", "'q'", '"q"', '"q', "~", "~/x", "é/日本", "a b", "#x", "a #x", "[x", "{x", "- x", "x:"]
+    + ["*x", "&x", "!x", "%41", "@x", "`x`", "|", "> x", "NULL", "~null", "None", "true", "0x10", ".inf", "a\nb", "-x"]
+    + ["--x", "\\", "C:\\x", "file:///x", "x" * 5000, "\udce9"],
+)
+@pytest.mark.parametrize("key", ["output_dir", "data.root", "data.split", "data.caption_column", "init_from"])
+def test_paths_and_names_are_what_is_behind_the_first_equals_sign(tmp_path: Path, key: str, value: str):
+    path = tmp_path / "x.yaml"
+    path.write_text("seed: 0\noutput_dir: runs/x\nmodel: {name: llamagen_vq}\ndata: {source: folder}\n")
+    found = load_config(path, [f"{key}={value}"], target=any_config())
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data.root", "data.source", "model.name", "seed"])
+def test_a_value_that_is_left_open_does_not_leave_the_old_one(tmp_path: Path, key: str):
+    path = tmp_path / "x.yaml"
+    path.write_text("seed: 0\noutput_dir: runs/x\nmodel: {name: llamagen_vq}\ndata: {source: folder, root: y}\n")
+    with pytest.raises(ConfigError, match=rf"override '{key}=\?\?\?': \?\?\? stands for a value that is left open"):
+        load_config(path, [f"{key}=???"], target=any_config())
+    with pytest.raises(ConfigError, match=r"if \$\{ is part of a text, write \\\$\{"):
+        load_config(path, [f"{key}=a${{b}}"], target=any_config())

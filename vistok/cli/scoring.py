@@ -161,7 +161,7 @@ def evaluate(
             what,
             reference,
             protocol=protocol or "torch-fidelity",
-            metrics=metrics.split(",") if metrics is not None else None,
+            metrics=[metric.strip() for metric in metrics.split(",")] if metrics is not None else None,
             weights=weights,
             lpips=open_lpips(lpips_weights),
             crop=crop,

@@ -8,21 +8,25 @@ have a ``.txt`` file of its name beside it. Shards have a ``.txt`` file per samp
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
 from vistok.data.formats import TEXT, extension, without_extension
-from vistok.data.tar import contents, open_member
+from vistok.data.tar import contents, keys_of, open_member
 from vistok.utils.files import is_utf8
 
 log = logging.getLogger(__name__)
 
 TEXT_KEYS = ("caption", "text")
 """Keys of a sample's .json file that may hold its text; the first one that is there counts."""
+LONGEST = 1 << 20
+"""Bytes of a line of captions, or of a sample's file, at most."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
@@ -69,7 +73,10 @@ class FolderCaptions:
             return ()
         try:
             with self._tree.open(path) as file:
-                return texts_of(file.read().decode("utf-8-sig"))
+                content = file.read(LONGEST + 1)
+            if len(content) > LONGEST:
+                raise ValueError(f"it has more than {LONGEST:,} bytes")
+            return texts_of(content.decode("utf-8-sig"))
         except (OSError, ValueError, *UNPACKING_ERRORS) as error:
             where = printable(f"{self._tree.root}/{path}")
             raise CaptionError(f"{where} holds no caption: {error}") from error
@@ -83,10 +90,9 @@ def _listed_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
             where = f"{tree.root}/{folder}{CAPTIONS}"
             try:
                 with tree.open(folder + CAPTIONS) as file:
-                    content = file.read()
+                    captions |= _read_lines(file, where, folder)
             except (OSError, *UNPACKING_ERRORS) as error:
                 raise CaptionError(f"{where} cannot be read: {error}") from error
-            captions |= _read_lines(content, where, folder)
     absent = captions.keys() - set(tree.images())
     if absent:
         log.warning(
@@ -95,9 +101,11 @@ def _listed_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
     return captions
 
 
-def _read_lines(content: bytes, where: str, folder: str) -> dict[str, Captions]:
+def _read_lines(file: IO[bytes], where: str, folder: str) -> dict[str, Captions]:
     captions: dict[str, Captions] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise CaptionError(f"{where}:{number}: the line has more than {LONGEST:,} bytes; a caption is shorter")
         if not line.strip():
             continue
         try:
@@ -142,13 +150,17 @@ class ShardCaptions:
         Raises:
             CaptionError: the .json file is damaged, or a text is not UTF-8.
         """
-        path, key = self._shards[shard], without_extension(image)
-        for kind in (TEXT, ".json"):
+        path = self._shards[shard]
+        for key, kind in itertools.product(keys_of(image), (TEXT, ".json")):
             place = self._index(shard).get(key + kind)
             if place is None:
                 continue
             with open_member(path, *place) as file:
-                content = file.read()
+                content = file.read(LONGEST + 1)
+            if len(content) > LONGEST:
+                raise CaptionError(
+                    f"{path}:{printable(key)}{kind} has more than {LONGEST:,} bytes; a caption is shorter"
+                )
             try:
                 texts = texts_of(content.decode("utf-8-sig") if kind == TEXT else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:

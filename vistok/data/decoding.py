@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple, TypeVar
@@ -32,7 +33,6 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these
 GREY_SCALES = {"L;2": 85, "L;4": 17}
 """The factors by which Pillow multiplies the grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 # What Pillow's decoders, and the archives that files are read from, are known to raise on damaged files.
 DECODING_ERRORS = (
@@ -168,6 +168,10 @@ def open_image(file: IO[bytes]) -> Image.Image:
         image = Image.open(file, formats=decoders())
     except UnidentifiedImageError as error:  # Pillow's message would name a Python object
         raise UnidentifiedImageError("no image that can be read; empty, damaged, or of another format") from error
+    except (
+        Image.DecompressionBombError
+    ) as error:  # Pillow says how many pixels it has, how many are read, and of attacks
+        raise Image.DecompressionBombError(f"{str(error).partition(',')[0]}; store it smaller") from error
     transparent = image.info.get("transparency")
     # Pillow scales grey levels that do not have 8 bits, but not the transparent level.
     raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
@@ -179,8 +183,8 @@ def open_image(file: IO[bytes]) -> Image.Image:
 
 
 def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
-    """Return ``use`` of the image in a file. A PNG whose text chunks are damaged, or too long for Pillow, is read
-    without them."""
+    """What ``use`` makes of the image in a file; a PNG of which Pillow refuses what no pixel needs (long texts, damaged
+    chunks) is read without that."""
     start = file.tell()
     try:
         with open_image(file) as image:
@@ -194,27 +198,49 @@ def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
         ) from error
     except DECODING_ERRORS:
         file.seek(start)
-        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
-            raise
-        file.seek(start)
-        content = file.read()
-        pixels = _without_texts(content)
-        if len(pixels) == len(content):  # the texts are not to blame
+        pixels = _only_pixels(file) if file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE else None
+        if pixels is None:  # nothing else is to blame
             raise
     with open_image(io.BytesIO(pixels)) as image:
         return use(image)
 
 
-def _without_texts(png: bytes) -> bytes:
-    """A PNG file without its text chunks and its colour profile, which no conversion here uses."""
-    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while position + 8 <= len(png):
-        length, kind = struct.unpack(">I4s", png[position : position + 8])
-        end = position + 12 + length
-        if kind not in PNG_TEXTS:
-            kept.append(png[position:end])
-        position = end
-    return b"".join(kept)
+def _only_pixels(png: IO[bytes]) -> bytes | None:
+    """A PNG file, of which the signature has been read, without the chunks that no conversion here looks at; None if it
+    has none. Of a damaged file no more is read than the headers of its chunks.
+
+    Raises:
+        ValueError: it is Apple's form of PNG.
+    """
+    kept: list[tuple[int, int]] = []
+    has_others, position = False, png.tell()
+    while len(header := png.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"CgBI":
+            raise ValueError(
+                "it is Apple's form of PNG for iOS (CgBI); convert it, for example by `sips -s format png`"
+            )
+        if not kind.isalpha():  # no chunk, so this is where it is damaged
+            break
+        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and _is_whole(png.read(length + 4), kind)):
+            kept.append((position, 12 + length))
+        else:
+            has_others = True
+        if kind == b"IEND":
+            break
+        position = png.seek(position + 12 + length)
+    if not has_others:
+        return None
+    parts = [PNG_SIGNATURE]
+    for place, length in kept:
+        png.seek(place)
+        parts.append(png.read(length))
+    return b"".join(parts)
+
+
+def _is_whole(content: bytes, kind: bytes) -> bool:
+    """Whether the content of a chunk, with the checksum behind it, fits that."""
+    return zlib.crc32(kind + content[:-4]).to_bytes(4, "big") == content[-4:]
 
 
 def _tag(image: Image.Image) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 import tokenize
 import unicodedata
 import zipfile
@@ -38,8 +40,22 @@ NPY_ERRORS = (
     *UNPACKING_ERRORS,
 )
 """The errors of reading a damaged .npy or .npz file, whose headers NumPy parses as Python code."""
+SIGNATURES = {
+    "zip": (0, b"PK\x03\x04", "a .zip file, which training reads with data.source=folder"),
+    "tar": (257, b"ustar", "a .tar file, which training reads with data.source=webdataset"),
+    "gzip": (0, b"\x1f\x8b", "compressed by gzip; unpack it (tar -xf, or gunzip)"),
+    "bzip2": (0, b"BZh", "compressed by bzip2; unpack it (tar -xf, or bunzip2)"),
+    "xz": (0, b"\xfd7zXZ\0", "compressed by xz; unpack it (tar -xf, or unxz)"),
+    "zstd": (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it (tar -xf, or unzstd)"),
+    "7z": (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    "rar": (0, b"Rar!", "a RAR archive; unpack it"),
+    "html": (0, b"<", "a web page, as a failed download leaves it; fetch it again"),
+}
+"""Where files of which format have which bytes, and what to say of a file that should have another format."""
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, surrogates and line ends."""
+UTF8_NAME = 0x800
+"""The flag of a zip entry whose name is UTF-8."""
 HELD_IN_MEMORY = 64 << 20
 """Members of an archive of at most this many bytes are unpacked at once; larger ones are unpacked while they are
 read."""
@@ -69,6 +85,10 @@ class FileTree(ABC):
     def others(self) -> list[str]:
         """Files that are not images, judged by their extension."""
         return sorted(path for path in self._paths if not is_image(path))
+
+    def as_root(self, folder: str) -> str:
+        """What to take as root in place of this one, for the files below ``folder``."""
+        return f"{self.root}/{folder}"
 
     @abstractmethod
     def _list(self) -> Sequence[str]: ...
@@ -124,25 +144,31 @@ class Archive(FileTree):
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"{root} is a damaged .zip file ({error}); fetch or make it again") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
-        twice = []
+        skipped = []
         for info in self._zip.infolist():
-            name = info.filename.replace("\\", "/")  # archives that were made on Windows may have backslashes
-            if name in self._members and not name.endswith("/"):
-                twice.append(f"{name} (an earlier entry of that name)")
-            self._members[name] = info
+            name, is_folder = member_name(_stored_name(info)), info.filename.endswith(("/", "\\"))
+            if stat.S_ISLNK(info.external_attr >> 16):
+                skipped.append(f"{name} (a link; zip without -y stores what it leads to)")
+            elif name and not is_folder:
+                if name in self._members:
+                    skipped.append(f"{name} (an earlier entry of that name)")
+                self._members[name] = info
         self._wrapper = ""
         super().__init__(root)
-        self.skipped += [name.removeprefix(self._wrapper) for name in twice if not is_hidden(name)]
+        self.skipped += [name.removeprefix(self._wrapper) for name in skipped if not is_hidden(name)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
 
     def _list(self) -> Sequence[str]:
-        paths = [path for path in self._members if not path.endswith("/")]
-        self._wrapper = _wrapper([path for path in paths if not is_hidden(path)])
+        paths = [path for path in self._members if not is_hidden(path)]
+        self._wrapper = _wrapper(paths)
         within = [path for path in paths if path.startswith(self._wrapper)]
-        self.skipped += sorted(path for path in set(paths) - set(within) if not is_hidden(path))
+        self.skipped += sorted(set(paths) - set(within))
         return [path.removeprefix(self._wrapper) for path in within]
+
+    def as_root(self, folder: str) -> str:
+        return f"the unpacked {folder}"
 
     def open(self, path: str) -> IO[bytes]:
         info = self._members[self._wrapper + path]
@@ -180,9 +206,46 @@ def open_tree(root: str | Path) -> FileTree:
     if not root.exists():
         near = next(parent for parent in root.absolute().parents if parent.is_dir())
         raise FileNotFoundError(f"no such folder: {root} (the nearest that exists is {near})")
+    if not zipfile.is_zipfile(root) and format_of(root) == "zip":
+        raise ValueError(
+            f"{root} is a damaged .zip file: the table of contents at its end is missing, so it is cut, or a part of "
+            "several; fetch or make it again"
+        )
     if not zipfile.is_zipfile(root):
-        raise ValueError(f"{root} is neither a folder nor a .zip file of images")
+        raise ValueError(f"{root} is neither a folder nor a .zip file of images{other_format(root)}")
     return Archive(root)
+
+
+def format_of(path: Path) -> str:
+    """The entry of ``SIGNATURES`` whose bytes a file has; "" if none."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    return next((name for name, (at, sign, _) in SIGNATURES.items() if start[at:].startswith(sign)), "")
+
+
+def other_format(path: Path, expected: str = "") -> str:
+    """What to say of a file that cannot be read: what it is, and what to do; "" if that is not known, or expected."""
+    name = format_of(path)
+    return f"; it is {SIGNATURES[name][2]}" if name and name != expected else ""
+
+
+def member_name(name: str) -> str:
+    """The path below a folder to which an archive's member would be unpacked: without drive, root, ``.`` and ``..``, as
+    unpackers do it; ``\\`` separates folders, too (archives made on Windows)."""
+    parts = re.sub(r"^[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _stored_name(info: zipfile.ZipInfo) -> str:
+    """The name of an entry, where zipfile cuts it at a NUL, and takes UTF-8 without the flag that says so (as macOS
+    writes it) for code page 437."""
+    name = info.orig_filename if "\0" in info.orig_filename else info.filename
+    if info.flag_bits & UTF8_NAME or name.isascii():
+        return name
+    try:
+        return name.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return name
 
 
 def printable(text: str) -> str:

@@ -145,7 +145,7 @@ def _warn_of_deeper_splits(images: Sequence[str], tree: FileTree) -> None:
             below.setdefault("/".join(folders[:depth]), set()).add(folders[depth])
     for folder, splits in below.items():
         if len(splits) > 1:
-            names, meant = ", ".join(sorted(splits)), printable(f"{tree.root}/{folder}")
+            names, meant = ", ".join(sorted(splits)), printable(tree.as_root(folder))
             log.warning("%s: all of it is read; is %s meant, which has %s?", tree.root, meant, names)
 
 
@@ -199,5 +199,5 @@ def _warn_of_a_single_class(files: Sequence[str], prefix: str, tree: FileTree) -
             tree.root,
             printable(common),
             len(below),
-            printable(f"{tree.root}/{common}".rstrip("/")),
+            printable(tree.as_root(common.rstrip("/"))),
         )

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from vistok.data.captions import ShardCaptions
 from vistok.data.decoding import ImageDecoder
-from vistok.data.files import printable
+from vistok.data.files import other_format, printable
 from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
@@ -31,7 +31,7 @@ from vistok.utils.files import atomic_file, cache_folder, read_json, read_lines
 log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 MOST_SHARDS = 100_000
 
 
@@ -165,7 +165,11 @@ def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample]
         log.info('the %ss of %s have no labels, in .cls files or as "label" in .json files', kind.name, pattern)
         return ()
     if unlabelled:
-        raise ValueError(f"{len(unlabelled)} {kind.name}s of {pattern} have no label (such as {unlabelled[0].name})")
+        first = printable(f"{paths[unlabelled[0].shard]}:{unlabelled[0].name}")
+        raise ValueError(
+            f"{len(unlabelled)} of the {len(samples)} {kind.name}s of {pattern} have no label (such as {first}); "
+            'give each its .cls, or "label" in its .json, or none of them'
+        )
     count = 1 + max(sample.label for sample in samples)
     names = paths[0].with_name(CLASS_NAMES)
     if not names.exists():
@@ -185,14 +189,21 @@ def shard_paths(pattern: Shard) -> list[Shard]:
     """
     paths: list[Shard] = []
     text = pattern.command if isinstance(pattern, ShellCommand) else pattern
-    expanded = list(itertools.islice(expand_braces(text), MOST_SHARDS + 1))
+    is_file = not is_remote(pattern) and os.path.exists(os.path.expanduser(text))  # braces and all
+    expanded = [text] if is_file else list(itertools.islice(expand_braces(text), MOST_SHARDS + 1))
     if len(expanded) > MOST_SHARDS:
         raise ValueError(f"data.root={pattern} stands for more than {MOST_SHARDS:,} shards; is a number mistyped?")
     for part in expanded:
         path = ShellCommand(part) if isinstance(pattern, ShellCommand) else part
         if is_remote(path):
             check_address(path)
-        found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(part)))
+        local = os.path.expanduser(part)
+        found = [path] if is_remote(path) else [local] if is_file else sorted(glob.glob(local))
+        if folder := next((path for path in found if not is_remote(path) and os.path.isdir(str(path))), None):
+            raise ValueError(
+                f"data.root={pattern}: {folder} is a folder; shards are files, so write {folder}/*.tar for all in it "
+                "(images side by side in a folder are data.source=folder)"
+            )
         if not found:
             raise FileNotFoundError(f"no such shard: {path} (of data.root={pattern})")
         paths += found
@@ -250,7 +261,7 @@ def samples_of(path: Path, number: int, cache: Path | None, kind: Kind) -> Index
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is not a readable .tar shard (compressed ones are not supported): {path.name} is no whole, "
-            f"uncompressed .tar file ({error}); fetch or make it again"
+            f"uncompressed .tar file ({error}){other_format(path, 'tar') or '; fetch or make it again'}"
         ) from error
     if file is not None:
         try:

@@ -2,7 +2,9 @@
 
 The files of one sample share a key, which the extension follows. As in webdataset, the extension begins at the first
 dot of the file's name, so that ``a.png``, ``a.seg.png`` and ``a.cls`` are one sample. A key may still have dots:
-``v1.0.png`` is the image of a sample ``v1.0``, unless there is a sample ``v1`` with an image of its own.
+``v1.0.png`` is the image of a sample ``v1.0``, unless there is a sample ``v1`` with an image of its own. Without such
+an image, ``a.left.png`` and ``a.right.png`` are two samples, which share the label and the texts of ``a`` where they
+have none of their own.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vistok.data.files import is_hidden, printable
+from vistok.data.files import is_hidden, member_name, printable
 from vistok.data.formats import extension, image_extensions
 from vistok.data.imagefiles import LeftOut
 
@@ -143,11 +145,11 @@ def contents(path: Path) -> Contents:
     twice, skipped = set[str](), list[str]()
     with tarfile.open(path, "r:") as archive:
         for member in archive:
-            name, target = member.name.removeprefix("./"), member
+            name, target = member_name(member.name), member
             if member.islnk() or member.issym():  # tar stores the second name of a file as a link
-                linked = posixpath.join(posixpath.dirname(name) if member.issym() else "", member.linkname)
-                target = files.get(posixpath.normpath(linked), member)
-            if member.isdir():
+                beside = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                target = files.get(beside if member.issym() else member_name(member.linkname), member)
+            if member.isdir() or not name:
                 continue
             if not target.isreg() or target.issparse():
                 skipped.append(f"{name} ({_reason(target)})")
@@ -182,19 +184,28 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
             )
     images = _chosen(members, kind)
     _check_keys(path, images, kind)
+    keys = {key for image in images for key in keys_of(image)}
     wrong_label = None
     try:
-        labels = _labels(path, members, set(images.values()), twice)
+        labels = _labels(path, members, keys, twice)
     except ValueError as error:  # kept for later: evaluation reads images without labels
         labels, wrong_label = {}, str(error)
     samples = [
-        Sample(number, members[name].offset_data, members[name].size, name, labels.get(key, UNCONDITIONAL))
-        for name, key in images.items()
+        Sample(number, members[name].offset_data, members[name].size, name, _first(labels, keys_of(name)))
+        for name in images
     ]
-    keys = set(images.values())
-    left_out = [name for name in members if name not in images and not _belongs(name, keys)]
+    left_out = [name for name in members if name not in images and not _is_read(name, keys)]
     left_out += [*skipped, *(f"{name} (hidden)" for name in hidden)]
     return Index(samples, LeftOut.of(f"{path}:{name}" for name in left_out), wrong_label)
+
+
+def keys_of(image: str) -> tuple[str, ...]:
+    """The keys of an image's label and texts, its own one first: ``a.left`` and ``a`` of ``a.left.png``."""
+    return tuple(dict.fromkeys((_key(image), _webdataset_key(image))))
+
+
+def _first(labels: Mapping[str, int], keys: Sequence[str]) -> int:
+    return next((labels[key] for key in keys if key in labels), UNCONDITIONAL)
 
 
 def _chosen(members: Mapping[str, Any], kind: Kind) -> dict[str, str]:
@@ -214,10 +225,12 @@ def _webdataset_key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _belongs(name: str, keys: set[str]) -> bool:
-    """Whether a file belongs to one of the samples with these keys."""
+def _is_read(name: str, keys: set[str]) -> bool:
+    """Whether a file belongs to one of the samples with these keys; a class id counts only under a key itself."""
     folder, slash, file = name.rpartition("/")
     parts = file.split(".")
+    if extension(name) == LABELS[0]:
+        return _key(name) in keys
     return any(folder + slash + ".".join(parts[:count]) in keys for count in range(1, len(parts)))
 
 
@@ -270,10 +283,13 @@ def _label(content: bytes, kind: str) -> int | None:
     if label is None:
         return None
     if isinstance(label, str | bytes):  # int() would also accept 1_000 and digits of other scripts
-        text = label.decode("ascii", "replace") if isinstance(label, bytes) else label
+        text = label.decode("utf-8", "backslashreplace") if isinstance(label, bytes) else label
         label = int(text) if re.fullmatch(r"\s*-?[0-9]+\s*", text) else text
     if not isinstance(label, int) or isinstance(label, bool) or label < UNCONDITIONAL:
-        raise ValueError(f"expected an integer from 0, got {label!r}"[:200])
+        raise ValueError(
+            f"expected an integer from 0, got {repr(label)[:100]}; number the classes from 0 (their names may be the "
+            "lines of classnames.txt beside the shards)"
+        )
     check_class(label)
     return label
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vistok.eval.dinov2 import DINOV2
-from vistok.eval.images import FilesRead
+from vistok.eval.images import FilesRead, ImageSet, TensorImages
 from vistok.eval.networks import INCEPTION, PUBLISHED_HASH, FeatureNetwork
 from vistok.eval.protocols import ImageProtocol
 from vistok.eval.references import HELD_OUT, WRONG_REFERENCE
@@ -52,6 +52,7 @@ def _side_warnings(name: str, side: Side) -> Iterator[str]:
         yield from file_warnings(name, images.files_read)
     if images is not None:
         yield from lossy_warnings(name, images.lossy)
+        yield from range_warnings(name, images)
 
 
 def lossy_warnings(name: str, lossy: int) -> Iterator[str]:
@@ -59,6 +60,16 @@ def lossy_warnings(name: str, lossy: int) -> Iterator[str]:
         yield (
             f"{name}: {lossy:,} lossily compressed (JPEG) files; compression and a missing crop move scores (D-AR's "
             "rFID: 2.2 instead of 1.5 against the raw JPEGs of ImageNet); store PNG or .npz"
+        )
+
+
+def range_warnings(name: str, images: ImageSet) -> Iterator[str]:
+    """A warning if float pixels seem to be in another range than [-1, 1]."""
+    if isinstance(images, TensorImages) and images.doubtful is not None:
+        low, high = images.doubtful
+        yield (
+            f"{name}: float pixels are read as [-1, 1], where 0 is middle grey, and these go from {low:.3g} to "
+            f"{high:.3g}; pass 2 x - 1 if they are in [0, 1], and uint8 if in 0..255"
         )
 
 

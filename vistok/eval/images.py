@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.checkpoints.bounds import OversizedError, check_bytes
 from vistok.data.decoding import DECODING_ERRORS, Header, ImageDecoder, Reading
-from vistok.data.files import NPY_ERRORS, open_tree, printable
+from vistok.data.files import NPY_ERRORS, open_tree, other_format, printable
 from vistok.data.folders import divided_at
 from vistok.data.formats import extension, image_extensions, is_image, is_lossy, without_extension
 from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
@@ -32,6 +33,8 @@ from vistok.utils.files import cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
 """A run folder has all files of one of these sets. A config.yaml alone is not enough: it can lie beside photos."""
+FARTHEST = 2.0
+"""A float pixel beyond this hints at another range than [-1, 1], of which decoders leave a little."""
 THREADS = 4  # decoding releases the interpreter lock
 
 
@@ -118,6 +121,11 @@ def open_images(
     """
     if crop is not None and crop < 1:
         raise ImageError(f"crop must be at least 1 pixel, got {crop}")
+    if crop is not None:
+        try:
+            check_bytes(f"an image of {crop:,} x {crop:,} pixels (crop={crop})", 3 * crop * crop)
+        except OversizedError as error:
+            raise ImageError(str(error)) from error
     if isinstance(source, list | tuple):
         return TarImages([Path(file) for file in source], crop=crop, reading=reading)
     if not isinstance(source, (str, Path)):
@@ -139,7 +147,10 @@ def open_images(
         return TarImages([path], crop=crop, reading=reading)
     if path.suffix.lower() == ".zip":
         return FolderImages(path, crop=crop, reading=reading)
-    raise ImageError(f"cannot read images from {path}; expected a folder, a .zip, .npz or .tar file, or a run folder")
+    raise ImageError(
+        f"cannot read images from {path}; expected a folder, a .zip, .npz or .tar file, or a run folder"
+        f"{other_format(path) if path.is_file() else ''}"
+    )
 
 
 def _shards_of(pattern: Path) -> list[Path]:
@@ -372,7 +383,11 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
 
 
 class TensorImages:
-    """Images in memory, grey or RGB: uint8, or float in [-1, 1], which becomes 8 bit by 127.5 x + 128, truncated."""
+    """Images in memory, grey or RGB: uint8, or float in [-1, 1], which becomes 8 bit by 127.5 x + 128, truncated.
+
+    Attributes:
+        doubtful: the smallest and the largest of the float values, if they hint at another range; else None.
+    """
 
     source: ClassVar[str] = "tensor"
     files_read: ClassVar[None] = None
@@ -382,7 +397,11 @@ class TensorImages:
     def __init__(self, pixels: Tensor):
         if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) == 0:
             raise ImageError(f"expected images (N, 1 or 3, H, W) with N > 0, got {tuple(pixels.shape)}")
+        self.doubtful: tuple[float, float] | None = None
         if pixels.dtype != torch.uint8:
+            low, high = float(pixels.min()), float(pixels.max())
+            if high > FARTHEST or (low >= 0 and low < high):
+                self.doubtful = low, high
             try:
                 pixels = to_uint8(pixels)
             except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.eval.features import FeaturePass, gathered
-from vistok.eval.guards import by_text, comparability_warnings, file_warnings, lossy_warnings
+from vistok.eval.guards import by_text, comparability_warnings, file_warnings, lossy_warnings, range_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
 from vistok.eval.protocols import CUSTOM, PROTOCOLS, ImageProtocol
@@ -70,6 +70,8 @@ def evaluate_reconstruction(
         lpips = lpips.to(device)
     originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)
     _check_pairs(originals, reconstructions)
+    if network is not None and originals.count < 2:
+        raise ImageError(f"rFID needs at least 2 images, and {originals.source} has {originals.count}; leave it out")
     passes = _Passes(network, originals, reconstructions) if network is not None else None
     columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, device, processes)
     mse, others = columns.pop("mse"), columns.pop("mse_of_others")
@@ -200,6 +202,7 @@ def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int
     for name, images in (("images", reconstructions), ("reference", originals)):
         if images.files_read is not None:
             found += file_warnings(name, images.files_read)
+        found += range_warnings(name, images)
     if equal:
         found.append(f"{equal} of {originals.count} reconstructions equal their originals; their PSNR is infinite")
     ours, theirs = originals.names, reconstructions.names
@@ -212,7 +215,9 @@ def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int
 
 def _doubts(reconstructions: ImageSet, mse: Tensor, others: Tensor) -> list[str]:
     """A warning if reconstructions are hardly nearer to their own originals than to others: they may be mispaired."""
-    if reconstructions.files_read is None or len(others) < FEWEST_OTHERS or mse.mean() < DOUBTFUL * others.mean():
+    if reconstructions.files_read is None or len(others) < FEWEST_OTHERS or not mse.any():
+        return []
+    if mse.mean() < DOUBTFUL * others.mean():
         return []
     return [
         f"are these reconstructions of these images, in this order? Their PSNR is {decibels(mse.mean()):.2f} dB, and "

@@ -20,6 +20,7 @@ from vistok.eval.dinov2 import DINOV2, DINOv2
 from vistok.eval.metrics import Boundary, Distance
 from vistok.eval.networks import INCEPTION, CallableNetwork, FeatureNetwork, InceptionV3Compat
 from vistok.eval.resize import Rule
+from vistok.utils.spelling import suggestion
 
 METRICS = ("fid", "sfid", "is", "kid", "prc")
 UINT8_RULE = "files as stored; float pixels in [-1, 1] by 127.5 x + 128, truncated"
@@ -125,7 +126,7 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
 
         raise ValueError(
             f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}; of a tokenizer: reconstruction, perturbation; "
-            f"of clips: {', '.join(VIDEO_PROTOCOLS)}"
+            f"of clips: {', '.join(VIDEO_PROTOCOLS)}{suggestion(name, [*PROTOCOLS, 'perturbation', *VIDEO_PROTOCOLS])}"
         )
     if (features is None) != (network is None):
         raise ValueError("features and network belong together: the network's name goes into the record of its scores")

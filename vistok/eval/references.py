@@ -20,7 +20,7 @@ from torch import Tensor
 from vistok.data.decoding import DECODING_ERRORS, Reading
 from vistok.data.files import NPY_ERRORS
 from vistok.eval.features import extract_features
-from vistok.eval.images import ImageSet, NpzImages, open_images
+from vistok.eval.images import ImageError, ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
 from vistok.utils.files import atomic_file
@@ -289,15 +289,19 @@ def make_reference(
         crop, reading: see ``open_images``; each protocol fixes ``reading``.
 
     Raises:
-        ValueError: the split is unknown.
+        ValueError: the split is unknown, or ``path`` is no .npz.
         FileExistsError: ``path`` exists already.
-        ImageError: as ``open_images``.
+        ImageError: as ``open_images``; or there is a single image.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"a reference is an .npz file; call it {path}.npz in place of {path}")
     if processes.is_first and Path(path).exists():
         raise FileExistsError(f"{path} exists already; choose another file or remove it first")
     images = open_images(images, crop=crop, reading=reading)
+    if images.count < 2:
+        raise ImageError(f"a reference stands for at least 2 images, and {images.source} has {images.count}")
     names = tuple(name for name in MOMENT_KEYS if name in network(next(iter(images.batches(1)))))
     extraction = extract_features(
         images, network, keep=("pool",), moments=names, batch_size=batch_size, processes=processes

@@ -93,6 +93,8 @@ def choose_metrics(
         ValueError: a metric is unknown, or not defined by the protocol; one that was asked for cannot be computed; or
             none can.
     """
+    if metrics is not None and not metrics:
+        raise ValueError(f"no metric is named; known: {', '.join(METRICS)}")
     for metric in metrics or ():
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}{suggestion(metric, METRICS)}")

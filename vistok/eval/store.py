@@ -110,9 +110,22 @@ class FeatureStore:
     def _load(self, shard: tuple[int, int]) -> dict[str, Tensor]:
         path = self._features(shard)
         try:
-            return load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise BenchmarkError(f"{path} is damaged ({error}); remove it and run the benchmark again") from error
+        count, previews = shard[1] - shard[0], max(0, min(PREVIEWS, shard[1]) - shard[0])
+        lengths = {"digests": count, "preview": previews} | {
+            name: count for name in tensors if name.startswith("feature.")
+        }
+        wrong = [
+            name for name, length in lengths.items() if name not in tensors or tensors[name].shape[:1] != (length,)
+        ]
+        if wrong or len(lengths) < 3:
+            raise BenchmarkError(
+                f"{path} is damaged: it lacks {', '.join(wrong) or 'features'} of {count} images; remove it and run "
+                "the benchmark again"
+            )
+        return tensors
 
     def _features(self, shard: tuple[int, int]) -> Path:
         return self.folder / "features" / f"{shard[0]:08d}-{shard[1]:08d}.safetensors"

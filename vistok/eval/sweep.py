@@ -25,8 +25,8 @@ class Setting:
         """The name of the setting's folder."""
         scale = self.guidance_scale
         parts = scale if isinstance(scale, tuple) else (scale,)
-        names = [] if scale is None else ["guidance-" + "-to-".join(f"{part:g}" for part in parts)]
-        names += [] if self.temperature is None else [f"temperature-{self.temperature:g}"]
+        names = [] if scale is None else ["guidance-" + "-to-".join(map(_short, parts))]
+        names += [] if self.temperature is None else [f"temperature-{_short(self.temperature)}"]
         return "-".join(names) or "samples"
 
     def options(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +54,11 @@ class Setting:
         own = plan.get("temperature")
         temperatures = [None if temperature == own else temperature for temperature in temperatures]
         return list(dict.fromkeys(cls(scale, temperature) for temperature, scale in product(temperatures, scales)))
+
+
+def _short(value: float) -> str:
+    """A number in few digits, and in all where others would look the same."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
 
 
 def choose_settings(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vistok.checkpoints import registry
 from vistok.eval.record import RESULT_FILE
@@ -117,19 +118,29 @@ def _scores(scores: Mapping[str, float] | str | Path | None) -> tuple[Mapping[st
     path = path / RESULT_FILE if path.is_dir() else path
     result = read_json(path)
     runs = result.get("runs", [result]) if isinstance(result, dict) else []
-    if not runs or not all(isinstance(run, dict) and isinstance(run.get("scores"), dict) for run in runs):
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) and _is_scored(run) for run in runs):
         raise ValueError(f"{path} holds no scores of vistok benchmark or vistok eval")
     found = best_run(runs)
     best = runs[0 if found is None else found[0]]
-    values = {name: value for name, value in best["scores"].items() if isinstance(value, int | float)}
     settings = {name: best[name] for name in ("guidance_scale", "temperature") if best.get(name) is not None}
     how = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
-    count = best.get("images", {}).get("count")
+    count, against = (best.get(side, {}).get(fact) for side, fact in (("images", "count"), ("reference", "source")))
     number = f"{count:,} images" if count else "images"
-    against = best.get("reference", {}).get("source")
+    values = {name: value for name, value in best["scores"].items() if value is not None}
     return values, f"Protocol {result.get('protocol', 'unknown')}, {number}" + (
         f" against {against}" if against else ""
     ) + (f", {how}." if how else ".")
+
+
+def _is_scored(run: Mapping[str, Any]) -> bool:
+    """Whether a run of a result has finite numbers by name, and tells of both sides as results do."""
+    scores, sides = run.get("scores"), [run.get(name, {}) for name in ("images", "reference")]
+    return (
+        isinstance(scores, dict)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in scores.values() if value is not None)
+        and all(isinstance(side, dict) for side in sides)
+        and isinstance(sides[0].get("count", 0), int | None)
+    )
 
 
 def _training(run: str | Path | None) -> str:

@@ -35,12 +35,14 @@ from vistok.tokenizers.framewise import Framewise
 from vistok.train.tasks.images import example_batch
 from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
-from vistok.utils.files import read_json, write_json
+from vistok.utils.files import read_object, write_json
 from vistok.utils.outputs import continued, unfinished
 
 log = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
+MEASURED = ("tokenizer", "data", "speed", "feature_probes", "settings", "versions")
+"""Sections that each finished measurement has."""
 SHOWN = 8
 
 
@@ -215,7 +217,10 @@ def _judge(
     """All measurements of one tokenizer; finished ones, tokens and the generator's run in ``out`` are reused."""
     finished = out / "measured.json"
     if finished.exists():
-        return read_json(finished)
+        result = read_object(finished)
+        if absent := [name for name in MEASURED if not isinstance(result.get(name), dict)]:
+            raise ValueError(f"{finished} lacks {', '.join(absent)}; remove it to measure again")
+        return result
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.spec_for(data.input_shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, distributed
 from vistok.utils.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+MOST_STEPS = 10**15
 
 
 class Meter:
@@ -188,11 +190,12 @@ class MetricsFile:
     def seconds(self) -> float:
         """The training time in seconds up to the last row."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        return (rows[-1]["seconds"] if rows else None) or 0.0
+        return last_seconds(rows) or 0.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.jsonl; a last line that was cut off when the process died is left out.
+    """The rows of a metrics.jsonl, with None for values that are not finite; a last line that was cut off when the
+    process died is left out.
 
     Raises:
         ValueError: another line is not a row; the message has its number.
@@ -201,13 +204,27 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     rows = []
     for number, line in enumerate(whole, 1):
         try:
-            row = json.loads(line)
-            if not all(value is None or isinstance(value, int | float) for value in row.values()) or "step" not in row:
-                raise TypeError("expected numbers by name, and a step")
+            rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no row of metrics ({error}); remove the line") from error
-        rows.append(row)
     return rows
+
+
+def _row(row: dict[str, float | None]) -> dict[str, float | None]:
+    """A row with None for values that are not finite. Raises TypeError or AttributeError if it is none."""
+    if not all(value is None or isinstance(value, int | float) for value in row.values()):
+        raise TypeError("expected numbers by name")
+    step = row.get("step")
+    if step is None or isinstance(step, bool) or not 0 <= step <= MOST_STEPS or step % 1:
+        raise TypeError(f"expected a step, a whole number from 0, got {step!r}"[:200])
+    # math.isfinite fails for integers beyond any float
+    kept = {name: value if value is None or abs(value) <= sys.float_info.max else None for name, value in row.items()}
+    return kept | {"step": int(step)}
+
+
+def last_seconds(rows: Sequence[Mapping[str, float | None]]) -> float | None:
+    """The training time that the last row with one tells; None if none does."""
+    return next((row["seconds"] for row in reversed(rows) if row.get("seconds") is not None), None)
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
-from vistok.train.monitor import METRICS_FILE, read_metrics
+from vistok.train.monitor import METRICS_FILE, last_seconds, read_metrics
 from vistok.train.tasks.images import example_batch
 from vistok.utils.files import missing_folder, read_object
 from vistok.utils.report import (
@@ -81,6 +81,7 @@ def write_run_report(folder: str | Path, *, examples: Examples | None = None) ->
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no training run with steps: it has no {name}")
     config, rows = load_config(folder / RUN_CONFIG), read_metrics(folder / METRICS_FILE)
+    _check(config, folder / RUN_CONFIG)
     if not rows:
         raise FileNotFoundError(f"{folder} has logged no step yet: {METRICS_FILE} is empty")
     facts = read_object(folder / "environment.json") if (folder / "environment.json").is_file() else {}
@@ -105,6 +106,18 @@ def write_run_report(folder: str | Path, *, examples: Examples | None = None) ->
     return folder / REPORT_FILE
 
 
+def _check(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless a config has what the page says of it."""
+    model, training, curve = (config.get(key) for key in ("model", "training", "curve"))
+    name = model.get("name") if isinstance(model, Mapping) else None
+    steps = training.get("max_steps") if isinstance(training, Mapping) else None
+    if not isinstance(name, str) or type(steps) is not int or not (curve is None or isinstance(curve, str)):
+        raise ValueError(
+            f"{path} is no config of a training run: model.name (got {name!r}) and curve (got {curve!r}) are texts, "
+            f"training.max_steps (got {steps!r}) is an integer"
+        )
+
+
 def _lead(
     folder: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], kind: str
 ) -> str:
@@ -114,7 +127,7 @@ def _lead(
     device = f" on {facts['device']}" if facts.get("device") else ""
     return (
         f"A {kind}, {config['model']['name']}{size}, after {step:,} of {last:,} steps in "
-        f"{_duration(rows[-1]['seconds'])}{device}{end}."
+        f"{_duration(last_seconds(rows))}{device}{end}."
     )
 
 
@@ -230,17 +243,20 @@ def _examples_of(folder: Path, tokenizer: Tokenizer) -> Examples:
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     unit = next((name for name in rows[-1] if name.endswith("_per_second")), None)
-    found = {"Training time": _duration(rows[-1]["seconds"])}
-    if unit is not None:
-        speeds = sorted(row[unit] for row in rows if row.get(unit))
+    seconds = last_seconds(rows)
+    found = {"Training time": _duration(seconds)}
+    speeds = sorted(row[unit] for row in rows if row.get(unit)) if unit is not None else []
+    if unit is not None and speeds:
         what = unit.removesuffix("_per_second").replace("_", " ")
         found["Throughput"] = f"{speeds[len(speeds) // 2]:,.0f} {what} per second (median), {speeds[-1]:,.0f} at best"
-    steps = rows[-1]["step"]
-    found["Per step"] = f"{1000 * rows[-1]['seconds'] / max(steps, 1):,.1f} ms"
+    if seconds is not None:
+        found["Per step"] = f"{1000 * seconds / max(rows[-1]['step'], 1):,.1f} ms"
     return found
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
     return f"{seconds:.0f} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
 
 
