@@ -107,6 +107,8 @@ def reconstructions(run: Path) -> dict[str, float]:
     from vistok.pipelines.runs import data_of_run
 
     tokenizer = load_tokenizer(run).eval()
+    if tokenizer.embeds and "image" not in tokenizer.loss_terms:
+        return {}  # the first stage of SEED decodes to nothing yet
     data = data_of_run(run, ["data.split=test"], input_shape=tokenizer.input_shape)
     scores = evaluate_tokenizer(tokenizer, data)["scores"]
     return {key: value for key, value in scores.items() if isinstance(value, float)}
