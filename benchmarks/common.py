@@ -1,4 +1,4 @@
-"""Helpers of the benchmark scripts: paths of real data, the classifier for 32 px samples, and the final report."""
+"""Helpers of the benchmark scripts: paths of real data, functions that score samples, and the final report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -30,6 +32,26 @@ def load_instrument(path: Path):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def digit_scorer() -> Callable[[Any], dict[str, float]]:
+    """What scores generated digits (a pipeline's output): the share that a classifier recognises as the class asked
+    for, and the Frechet distance to the training digits on its features. It is fitted to real digits here."""
+    import torch
+
+    from vistok.eval.metrics import frechet_distance
+    from vistok.quickstart.scores import Digits, fit_classifier, load_digits
+
+    real = load_digits("train")
+    classifier = fit_classifier(real, steps=600)
+    reference = classifier.moments(real).gaussian
+
+    def score(made: Any) -> dict[str, float]:
+        generated = Digits(made.pixels, torch.tensor(made.labels))
+        distance = frechet_distance(classifier.moments(generated).gaussian, reference)
+        return {"recognised": classifier.accuracy(generated), "frechet": distance}
+
+    return score
 
 
 def use_threads(count: int) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RECIPES, ROOT, find, finish, load_instrument, say
+from common import RECIPES, ROOT, digit_scorer, find, finish, load_instrument, say
 
 ANNEALED = {"next": [0.4, 1.0], "next_all": [0.4, 0.0], "random": [0.2, 0.0]}
 OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
@@ -130,11 +130,7 @@ def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str], li
 
 def digits(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], Scores]]:
     """The config of a generator of digits, and a function that scores its pipeline."""
-    import torch
-
     from vistok.config import load_config
-    from vistok.eval.metrics import frechet_distance
-    from vistok.quickstart.scores import Digits, fit_classifier, load_digits
     from vistok.train import train
 
     recipe = ROOT / "vistok" / "tokenizers" / "vit_vqgan" / "quickstart"
@@ -145,15 +141,10 @@ def digits(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any
         train(load_config(recipe / "tokenizer.yaml", steps), resume=run.exists())
     tokens = arguments.out / "digits-tokens"
     write_tokens(run, tokens, "random:16", [])
-    real = load_digits("train")
-    classifier = fit_classifier(real, steps=600)
-    reference = classifier.moments(real).gaussian
+    score_digits = digit_scorer()
 
     def score(pipe: Any) -> Scores:
-        made = pipe(list(range(10)), num_images_per_label=arguments.samples // 10, batch_size=250)
-        generated = Digits(made.pixels, torch.tensor(made.labels))
-        frechet = frechet_distance(classifier.moments(generated).gaussian, reference)
-        return {"recognised": classifier.accuracy(generated), "frechet": frechet}
+        return score_digits(pipe(list(range(10)), num_images_per_label=arguments.samples // 10, batch_size=250))
 
     return generator_config(recipe / "generator.yaml", tokens), score
 

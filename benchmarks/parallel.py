@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RECIPES, find, finish, load_instrument, say, use_threads
+from common import RECIPES, digit_scorer, find, finish, load_instrument, say, use_threads
 
 CLASSES = 10
 TRIALS = (5, 25)
@@ -117,11 +117,7 @@ def needed(arguments: argparse.Namespace) -> list[str]:
 
 def digits(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], list[str], Callable[[Any], Scores]]:
     """Token caches by tokenizer, overrides of the configs, and a function that scores samples."""
-    import torch
-
     from vistok.config import load_config
-    from vistok.eval.metrics import frechet_distance
-    from vistok.quickstart.scores import Digits, fit_classifier, load_digits
     from vistok.quickstart.systems import config_file
     from vistok.train import train
 
@@ -132,16 +128,7 @@ def digits(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], l
             say(f"tokenizer {name}, as in quickstart --system {TOKENIZERS[name][0]}")
             train(load_config(config_file(TOKENIZERS[name][0], "tokenizer"), [f"output_dir={run}", *QUIET]))
         tokens[name] = write_tokens(run, out / f"tokens-{name}", "random:32")
-    real = load_digits("train")
-    classifier = fit_classifier(real, steps=600)
-    reference = classifier.moments(real).gaussian
-
-    def score(made: Any) -> Scores:
-        generated = Digits(made.pixels, torch.tensor(made.labels))
-        distance = frechet_distance(classifier.moments(generated).gaussian, reference)
-        return {"recognised": classifier.accuracy(generated), "frechet": distance}
-
-    return tokens, [*SMALL, SMALL_AVERAGE], score
+    return tokens, [*SMALL, SMALL_AVERAGE], digit_scorer()
 
 
 def cifar10(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Path], list[str], Callable[[Any], Scores]]:

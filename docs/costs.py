@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ CORE, GAMES, DATA_CENTRE = 0.1e12, 40e12, 340e12
 """Operations per second: about what one core of the measured runs of `cifar10/…` reaches; about 40 % of the 100 TFLOP/s
 that a GPU for games of 24 GB or less has in bf16; what LlamaGen's GPT-B reaches on an H200 (docs/performance.md)."""
 
-FOR_A_PROCESSOR = tuple(name for name in recipes() if name.startswith(("cifar10/", "emoji/", "moving_digits/")))
+FOR_A_PROCESSOR = tuple(
+    name for name in recipes() if name.startswith(("cifar10/", "digits/", "emoji/", "moving_digits/"))
+)
 FOR_ONE_GPU = tuple(name for name in recipes() if name.startswith("photos/"))
 OF_PAPERS = tuple(
     f"imagenet256/{name}"
@@ -68,16 +70,15 @@ DOWNLOADED = (
 )
 
 
-def main(names: list[str]) -> None:
+def main(asked: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        if names:
-            show(names, GAMES, Path(scratch))
+        if asked:
+            show(asked, Path(scratch))
             return
         print("\n".join(measured()))
-        show(FOR_A_PROCESSOR, CORE, Path(scratch))
-        show(FOR_ONE_GPU, GAMES, Path(scratch))
-        show(OF_PAPERS, DATA_CENTRE, Path(scratch))
+        for names in (FOR_A_PROCESSOR, FOR_ONE_GPU, OF_PAPERS):
+            show(names, Path(scratch))
 
 
 def measured() -> Iterator[str]:
@@ -97,14 +98,14 @@ def measured() -> Iterator[str]:
         yield f"| `{name}` | {machine} | {rows[-1]['step']:,} | {speed} | {minutes} |"
 
 
-def show(names: tuple[str, ...] | list[str], speed: float, folder: Path) -> None:
+def show(names: Sequence[str], folder: Path) -> None:
     """Print the table of configs; what cannot be computed goes to the standard error, with the reason."""
     print(
         "", *header("config", "parameters", "samples per step", "memory", "TFLOP per step", "steps", "hours"), sep="\n"
     )
     for name in names:
         try:
-            print(row(name, cost(name, folder), speed), flush=True)
+            print(row(name, cost(name, folder)), flush=True)
         except Exception as error:  # of whatever kind: the other rows are wanted
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
@@ -113,7 +114,8 @@ def header(*names: str) -> tuple[str, str]:
     return f"| {' | '.join(names)} |", "|---" * len(names) + "|"
 
 
-def row(name: str, found: DryRun, speed: float) -> str:
+def row(name: str, found: DryRun) -> str:
+    speed = CORE if name in FOR_A_PROCESSOR else DATA_CENTRE if name in OF_PAPERS else GAMES
     batch_size = batch_in_all(name) or found.batch_size
     operations = found.operations * batch_size / found.batch_size
     memory, hours = sum(found.memory.values()) / 2**30, operations * found.steps / speed / 3600

@@ -15,6 +15,7 @@ from vistok.config import load_config
 from vistok.losses.efficientnet import NAME as EFFICIENTNET
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
+from vistok.train.curves import reference_curve
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tasks.tokenizer import gan_config
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
@@ -108,3 +109,15 @@ def test_config_builds(path):
             model = run.build_model({"spec": to_json(spec), **kind.condition_arguments(condition)})
             model.options_type(**run.sampling)
     assert run.output_dir.startswith("runs/")
+
+
+DIGITS = [path for path in FILES if path.parent.name == "digits"]
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.stem)
+def test_recipes_of_digits_have_the_curve_of_a_whole_run(path):
+    run = parsed(path)
+    assert run.curve == f"digits-{path.stem}"
+    last = reference_curve(run.curve)[-1]
+    assert last["step"] == run.training.max_steps
+    assert last["seconds"] < 3600

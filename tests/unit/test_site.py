@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vistok.utils.recipes import FOLDER
+
 DOCS = Path(__file__).parents[2] / "docs"
 CATALOGUE = json.loads((files("vistok") / "checkpoints" / "catalogue.json").read_text())
 NAMES = [item["name"] for item in CATALOGUE]
@@ -43,12 +45,11 @@ def test_there_are_no_differences_of_unknown_systems():
     assert {file.stem for file in (DOCS / "differences").iterdir()} == set(NAMES)
 
 
-NAMED = re.compile(r"`((?:cifar10|emoji|imagenet\d*|photos|moving_digits|ucf101|k600|datacomp256)/[a-z0-9_]+)(…?)`")
+FOLDERS = "|".join(folder.name for folder in FOLDER.iterdir())
+NAMED = re.compile(rf"`((?:{FOLDERS})/[a-z0-9_]+)(…?)`")
 
 
 @pytest.mark.parametrize("file", sorted((DOCS / "differences").iterdir()), ids=lambda file: file.stem)
 def test_recipes_that_they_name_are_there(file):
-    from vistok.utils.recipes import FOLDER
-
     for name, more in NAMED.findall(file.read_text()):
         assert list(FOLDER.glob(f"{name}*.yaml" if more else f"{name}.yaml")), name
