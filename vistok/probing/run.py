@@ -204,10 +204,10 @@ def _judge(
     """All measurements of one tokenizer; finished ones, tokens and the generator's run in ``out`` are reused."""
     finished = out / "measured.json"
     if finished.exists():
-        result = read_object(finished)
-        if absent := [name for name in MEASURED if not isinstance(result.get(name), dict)]:
+        measured = read_object(finished)
+        if absent := [name for name in MEASURED if not isinstance(measured.get(name), dict)]:
             raise ValueError(f"{finished} lacks {', '.join(absent)}; remove it to measure again")
-        return result
+        return measured
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.spec_for(data.input_shape)
