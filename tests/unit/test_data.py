@@ -125,7 +125,7 @@ def test_other_files_are_named_in_a_warning(folder: Path, caplog: pytest.LogCapt
     (folder / ".DS_Store").write_text("x")
     with caplog.at_level(logging.WARNING):
         assert len(open_folder(folder)) == 23
-    assert "1 file is not an image and is ignored: ant/notes.txt" in caplog.text
+    assert "1 other file is ignored: ant/notes.txt" in caplog.text
 
 
 def test_bad_roots_name_the_path_and_what_is_accepted(tmp_path: Path, folder: Path):
