@@ -110,13 +110,13 @@ def test_a_codec_is_needed_and_codes_to_predict_it_with(codec, tmp_path):
 def test_teachers_keep_their_weights_and_compute_in_the_precision_of_the_run(codec, tmp_path, monkeypatch):
     seen, original = [], teachers.CodePredictionTerm.forward
 
-    def forward(self, output, target, clock, draws):
+    def forward(self, output, target, clock, draws, tokenizer):
         teacher = self.codec.network
         latents = teacher.latents(target)
         nearest = torch.cdist(latents.float(), teacher.quantizer.codes()).argmin(-1)
         exact = torch.equal(teacher.encode(target), nearest)
         seen.append((latents.dtype, next(teacher.parameters()).dtype, exact))
-        return original(self, output, target, clock, draws)
+        return original(self, output, target, clock, draws, tokenizer)
 
     monkeypatch.setattr(teachers.CodePredictionTerm, "forward", forward)
     losses = {"code_prediction": {"weight": 1.0, "tokenizer": str(codec)}}

@@ -264,7 +264,7 @@ def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
     weighted = TokenizerObjective(model, {"lpips": 1.0, "lpips_weighting": "time"})
     weighted.terms["lpips"].lpips = plain.terms["lpips"].lpips
     distances = plain.frozen()["lpips"](output.reconstruction, pixels(model))
-    given = (output, pixels(model), Clock(0, 1), {})
+    given = (output, pixels(model), Clock(0, 1), {}, model)
     torch.testing.assert_close(plain(*given)["lpips"], distances.mean())
     torch.testing.assert_close(weighted(*given)["lpips"], (2 * output.features["time"] * distances).mean())
 

@@ -17,7 +17,7 @@ from vistok.cli.console import output, print_table
 def configs(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="A config, such as cifar10/llama, to print; or a part of names to list."),
+        typer.Argument(metavar="NAME", help="A config as they are listed, to print; or a part of names to list."),
     ] = None,
     copy: Annotated[
         Path | None, typer.Option(help="Copy what is named into this folder, to change it there: --copy .")

@@ -30,9 +30,10 @@ def convert(
     """Turn an official checkpoint into a vistok model, which vistok.load reads."""
     from vistok.checkpoints import convert as read_official
     from vistok.checkpoints import official_name
-    from vistok.utils.files import missing_file, read_json
+    from vistok.utils.files import check_absent, missing_file, read_json
     from vistok.utils.outputs import appearing
 
+    check_absent(out)
     for path in (file, config):
         if path is not None and not path.is_file():
             raise FileNotFoundError(missing_file(path))

@@ -48,7 +48,7 @@ SIGNATURES = {
     "xz": (0, b"\xfd7zXZ\0", "compressed by xz; unpack it (tar -xf, or unxz)"),
     "zstd": (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it (tar -xf, or unzstd)"),
     "7z": (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
-    "rar": (0, b"Rar!", "a RAR archive; unpack it"),
+    "roshal": (0, b"Rar!", "a RAR archive; unpack it"),
     "html": (0, b"<", "a web page, as a failed download leaves it; fetch it again"),
 }
 """Where files of which format have which bytes, and what to say of a file that should have another format."""

@@ -67,7 +67,7 @@ class Generator(Model):
 
     spec: TokenSpec
 
-    condition_dropout: float
+    condition_dropout: float = 0.0
     """The share of training samples whose condition is dropped: those whose uniform number "drop" is below it."""
 
     only_next: ClassVar[str] = "it has a loss of its own"

@@ -292,8 +292,8 @@ def _next_commands(out: Path, given: int) -> list[str]:
         "vistok sample runs/generator --num 100 --out samples/",
         "",
         "# The recipes of the paper",
-        "vistok configs ucf101/larp",
-        "vistok configs k600/larp",
+        "vistok configs ucf101",
+        "vistok configs k600",
     ]
 
 

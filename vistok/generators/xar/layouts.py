@@ -106,7 +106,7 @@ class EntityLayout:
     @cached_property
     def entity_of(self) -> Tensor:
         """(N,) int64: the entity of every position."""
-        return torch.repeat_interleave(torch.tensor(self.sizes))
+        return torch.repeat_interleave(torch.tensor(self.sizes), output_size=sum(self.sizes))
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The ``block_causal_mask`` of the positions [start, stop)."""
