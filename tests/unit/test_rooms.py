@@ -34,7 +34,7 @@ BUILT_IN = {
     "open_magvit2_gpt": {"llama"},  # the transformer that it extends
     "ibq_gpt": {"llama"},
 }
-# Names that are also ordinary words of code (a variance, ClassVar, a RAR archive, a random seed): patterns that mean the system.
+# Names that are also ordinary words (a variance, a RAR archive, a random seed): patterns that mean the system.
 WRITTEN = {
     "var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/",
     "rar": r"(?<![A-Za-z])(?:rar|RAR)(?![A-Za-z])(?! archive)",
