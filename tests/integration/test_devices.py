@@ -462,6 +462,8 @@ def test_losses_of_codes_and_pixels_are_alike(device):
 
 
 def test_a_game_is_played_alike(device):
+    if device.type == "lazy" and torch.__version__ < (2, 10):
+        pytest.skip("lazy tensors of torch 2.9 give second derivatives of group norms a wrong shape")
     torch.manual_seed(0)
     here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "num_layers": 1, "norm": "group"}}), (3, 16, 16))
     there, (real, fake) = moved(here, device), Keys.range(0, 4).uniform("images", 3, 16, 16).chunk(2)

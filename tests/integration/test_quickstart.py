@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from support.html import ReportReader
+from support.markup import ReportReader
 
 import vistok
 from vistok.cli import main

@@ -390,6 +390,7 @@ def test_cache_bytes_are_known_beforehand(setup, guided):
     assert session.kv_cache.nbytes == model.cache_bytes(3, guided=guided)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="the profiler of torch 2.9 misses some frees")
 @pytest.mark.parametrize("options", [GREEDY, DecodingOptions(guidance_scale=2.0, top_k=5)])
 def test_steps_keep_no_memory(setup, options):
     model, condition = setup

@@ -272,6 +272,8 @@ def test_two_stages_follow_each_other(tmp_path):
     ],
 )
 def test_a_contrast_with_texts_that_cannot_be_is_refused(changes, message):
+    if message == "nowhere":
+        pytest.importorskip("transformers")
     section = {"weight": 1.0, "encoder": "text/"} | changes
     with pytest.raises(ValueError, match=message):
         TokenizerObjective(tiny("seed"), {"text_contrast": section})

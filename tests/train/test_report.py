@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from support.html import ReportReader
+from support.markup import ReportReader
 from support.tiny_runs import generator_config, killed_at, tokenizer_config, write_tokens
 
 import vistok

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from PIL import Image
-from support.html import ReportReader
+from support.markup import ReportReader
 
 from vistok.utils.report import (
     Chart,

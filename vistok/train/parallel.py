@@ -220,6 +220,12 @@ def load_named_state(
     if saved:
         kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        if absent := [own[parameters[name]] for name in parameters if not state.get(name)]:
+            # torch up to 2.9 wants a state for every parameter: the one that it initialises, which is dropped below
+            initial = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))[
+                "state"
+            ]
+            saved |= {key: initial[key] for key in absent if key in initial}
         options = replace(_options(model), strict=False)
         set_optimizer_state_dict(model, optimizer, {"state": saved, "param_groups": groups}, options=options)
         for group, own_values in zip(optimizer.param_groups, kept, strict=True):
