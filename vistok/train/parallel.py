@@ -222,9 +222,8 @@ def load_named_state(
         groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
         if absent := [own[parameters[name]] for name in parameters if not state.get(name)]:
             # torch up to 2.9 wants a state for every parameter: the one that it initialises, which is dropped below
-            initial = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))[
-                "state"
-            ]
+            whole = StateDictOptions(full_state_dict=True)
+            initial: Any = get_optimizer_state_dict(model, optimizer, options=whole)["state"]
             saved |= {key: initial[key] for key in absent if key in initial}
         options = replace(_options(model), strict=False)
         set_optimizer_state_dict(model, optimizer, {"state": saved, "param_groups": groups}, options=options)
