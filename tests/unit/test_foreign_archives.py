@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.archives import write_tar
 
 from vistok.data import DataConfig, captions, open_source
 from vistok.data.captions import CaptionError
@@ -36,15 +37,6 @@ def zipped(path: Path, names: list[str]) -> Path:
             entry = zipfile.ZipInfo("x")
             entry.filename = name
             archive.writestr(entry, png(seed))
-    return path
-
-
-def tarred(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -87,13 +79,13 @@ def test_names_that_differ_in_dots_and_slashes_alone_are_one(tmp_path: Path, cap
     "names", [("/a.png", "a.cls"), ("././a.png", "a.cls"), ("x//a.png", "x/a.cls"), ("x\\a.png", "x/a.cls")]
 )
 def test_members_of_shards_find_their_labels(tmp_path: Path, names: tuple[str, str]):
-    path = tarred(tmp_path / "0.tar", {names[0]: png(0), names[1]: b"1"})
+    path = write_tar(tmp_path / "0.tar", {names[0]: png(0), names[1]: b"1"})
     source = trained(path)
     assert (source.classes, source[0][1]) == (("0", "1"), 1)
 
 
 def test_links_of_shards_that_lead_out_are_none_within(tmp_path: Path):
-    tarred(tmp_path / "0.tar", {"a.png": png(0)})
+    write_tar(tmp_path / "0.tar", {"a.png": png(0)})
     with tarfile.open(tmp_path / "0.tar", "a") as archive:
         for name, target in (("d/b.png", "../../a.png"), ("c.png", "/a.png")):
             info = tarfile.TarInfo(name)
@@ -180,7 +172,7 @@ def test_a_zip_without_its_end_is_told_from_another_file(tmp_path: Path, share: 
     ],
 )
 def test_archives_of_other_formats_are_told_by_their_contents(tmp_path: Path, content, told: str):
-    shard = tarred(tmp_path / "a.tar", {"a.png": png(0)}).read_bytes()
+    shard = write_tar(tmp_path / "a.tar", {"a.png": png(0)}).read_bytes()
     archive = zipped(tmp_path / "a.zip", ["a.png"]).read_bytes()
     (tmp_path / "x.tar").write_bytes(content(archive))
     (tmp_path / "x.zip").write_bytes(content(shard))
@@ -194,14 +186,14 @@ def test_archives_of_other_formats_are_told_by_their_contents(tmp_path: Path, co
 
 @pytest.mark.parametrize("cut", [100, 512, 1500, 2048])
 def test_a_cut_shard_is_to_be_fetched_again(tmp_path: Path, cut: int):
-    data = tarred(tmp_path / "x.tar", {f"{number}.png": png(number) for number in range(4)}).read_bytes()
+    data = write_tar(tmp_path / "x.tar", {f"{number}.png": png(number) for number in range(4)}).read_bytes()
     (tmp_path / "x.tar").write_bytes(data[:cut])
     with pytest.raises(ValueError, match=r"x\.tar is no whole, uncompressed .*\); fetch or make it again"):
         trained(tmp_path / "x.tar")
 
 
 def test_a_folder_in_place_of_shards_is_refused_with_the_pattern(tmp_path: Path):
-    tarred(tmp_path / "0.tar", {"a.png": png(0)})
+    write_tar(tmp_path / "0.tar", {"a.png": png(0)})
     with pytest.raises(ValueError, match=r"is a folder; shards are files, so write .*/\*\.tar"):
         open_source(DataConfig(8, source="webdataset", root=str(tmp_path)))
 
@@ -209,7 +201,7 @@ def test_a_folder_in_place_of_shards_is_refused_with_the_pattern(tmp_path: Path)
 @pytest.mark.parametrize("name", ["[set]", "a{0..2}b", "50%", "#1", "-x", "what?", "{}"])
 def test_folders_of_shards_may_have_signs_of_patterns_in_their_names(tmp_path: Path, name: str):
     (tmp_path / name).mkdir()
-    path = tarred(tmp_path / name / "0.tar", {"a.png": png(0)})
+    path = write_tar(tmp_path / name / "0.tar", {"a.png": png(0)})
     assert len(trained(path)) == open_images(path).count == 1
 
 
@@ -273,7 +265,7 @@ def test_declared_sizes_are_not_believed(tmp_path: Path):
 
 def test_devices_and_files_with_holes_are_named(tmp_path: Path, caplog):
     kinds = {"b": tarfile.BLKTYPE, "c": tarfile.CHRTYPE, "d": tarfile.FIFOTYPE, "e": b"Z"}
-    tarred(tmp_path / "0.tar", {"a.png": png(0)})
+    write_tar(tmp_path / "0.tar", {"a.png": png(0)})
     with tarfile.open(tmp_path / "0.tar", "a") as archive:
         for name, kind in kinds.items():
             info = tarfile.TarInfo(f"{name}.png")
@@ -310,7 +302,7 @@ def test_archives_of_more_than_65535_entries_and_of_zip64(tmp_path: Path):
 )
 def test_images_of_one_key_share_its_label(tmp_path: Path, members: list[str], labels: list[int], caplog):
     parts = [member.partition(" ") for member in members]
-    path = tarred(tmp_path / "0.tar", {name: text.encode() or png(0) for name, _, text in parts})
+    path = write_tar(tmp_path / "0.tar", {name: text.encode() or png(0) for name, _, text in parts})
     source = trained(path)
     assert [source[index][1] for index in range(len(source))] == labels
     assert not caplog.text
@@ -318,12 +310,12 @@ def test_images_of_one_key_share_its_label(tmp_path: Path, members: list[str], l
 
 def test_images_of_one_key_share_its_texts(tmp_path: Path):
     members = {"a.left.png": png(0), "a.right.png": png(1), "a.txt": b"two views", "a.right.txt": b"the right one"}
-    source = trained(tarred(tmp_path / "0.tar", members))
+    source = trained(write_tar(tmp_path / "0.tar", members))
     assert [source.captions(index) for index in range(2)] == [("two views",), ("the right one",)]
 
 
 def test_class_ids_under_other_keys_are_named(tmp_path: Path, caplog):
-    path = tarred(tmp_path / "0.tar", {"a.png": png(0), "a.label.cls": b"1", "b.cls": b"1"})
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.label.cls": b"1", "b.cls": b"1"})
     assert trained(path).classes == ()
     assert f"2 other files are ignored: {path}:a.label.cls, {path}:b.cls" in caplog.text
 
@@ -354,7 +346,7 @@ def test_class_ids_under_other_keys_are_named(tmp_path: Path, caplog):
     ],
 )
 def test_odd_labels_are_read_or_shown_as_they_are(tmp_path: Path, name: str, content: bytes, label: int | str):
-    path = tarred(tmp_path / "0.tar", {"a.png": png(0), name: content})
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), name: content})
     if isinstance(label, int):
         assert trained(path)[0][1] == label
         return
@@ -363,9 +355,9 @@ def test_odd_labels_are_read_or_shown_as_they_are(tmp_path: Path, name: str, con
 
 
 def test_shards_may_keep_labels_in_different_files_but_not_for_some_images(tmp_path: Path):
-    tarred(tmp_path / "0.tar", {"a.png": png(0), "a.cls": b"1"})
-    tarred(tmp_path / "1.tar", {"b.png": png(1), "b.json": b'{"label": 0}'})
-    tarred(tmp_path / "2.tar", {"c.png": png(2), "c.json": b'{"caption": "a cat"}'})
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.cls": b"1"})
+    write_tar(tmp_path / "1.tar", {"b.png": png(1), "b.json": b'{"label": 0}'})
+    write_tar(tmp_path / "2.tar", {"c.png": png(2), "c.json": b'{"caption": "a cat"}'})
     source = trained(tmp_path / "{0..1}.tar")
     assert [source[index][1] for index in range(2)] == [1, 0]
     with pytest.raises(ValueError, match=r"1 of the 3 images .* have no label \(such as .*2\.tar:c\.png\)"):

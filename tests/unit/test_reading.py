@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from support.archives import write_tar
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
 from vistok.data.captions import CaptionError
@@ -509,15 +510,6 @@ def test_a_large_member_is_not_held_in_memory(tmp_path: Path, monkeypatch):
 
 
 # Shards
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def png(seed: int) -> bytes:

@@ -30,14 +30,13 @@ def convert(
     """Turn an official checkpoint into a vistok model, which vistok.load reads."""
     from vistok.checkpoints import convert as read_official
     from vistok.checkpoints import official_name
-    from vistok.utils.files import check_absent, missing_file, read_json
+    from vistok.utils.files import missing_file, read_json
     from vistok.utils.outputs import appearing
 
-    check_absent(out)
-    for path in (file, config):
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(missing_file(path))
     with appearing(out):
+        for path in (file, config):
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(missing_file(path))
         name = official_name(system, file.name)
         model = read_official(name, file, read_json(config) if config is not None else None)
         model.save_pretrained(out)

@@ -71,14 +71,13 @@ class FolderCaptions:
         path = self._texts.get(without_extension(image))
         if path is None:
             return ()
+        where = printable(f"{self._tree.root}/{path}")
         try:
             with self._tree.open(path) as file:
-                content = file.read(LONGEST + 1)
-            if len(content) > LONGEST:
-                raise ValueError(f"it has more than {LONGEST:,} bytes")
-            return texts_of(content.decode("utf-8-sig"))
+                return texts_of(_read_short(file, where).decode("utf-8-sig"))
+        except CaptionError:
+            raise
         except (OSError, ValueError, *UNPACKING_ERRORS) as error:
-            where = printable(f"{self._tree.root}/{path}")
             raise CaptionError(f"{where} holds no caption: {error}") from error
 
 
@@ -155,16 +154,13 @@ class ShardCaptions:
             place = self._index(shard).get(key + kind)
             if place is None:
                 continue
+            where = f"{path}:{printable(key)}{kind}"
             with open_member(path, *place) as file:
-                content = file.read(LONGEST + 1)
-            if len(content) > LONGEST:
-                raise CaptionError(
-                    f"{path}:{printable(key)}{kind} has more than {LONGEST:,} bytes; a caption is shorter"
-                )
+                content = _read_short(file, where)
             try:
                 texts = texts_of(content.decode("utf-8-sig") if kind == TEXT else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:
-                raise CaptionError(f"{path}:{printable(key)}{kind} holds no caption: {error}") from error
+                raise CaptionError(f"{where} holds no caption: {error}") from error
             if texts:
                 return texts
         return ()
@@ -179,6 +175,14 @@ class ShardCaptions:
                 if extension(name) in (TEXT, ".json")
             }
         return self._places[shard]
+
+
+def _read_short(file: IO[bytes], where: str) -> bytes:
+    """The content of a file of captions; CaptionError if it is longer than any caption."""
+    content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise CaptionError(f"{where} has more than {LONGEST:,} bytes; a caption is shorter")
+    return content
 
 
 def _of_json(content: bytes) -> Any:

@@ -206,14 +206,14 @@ def open_tree(root: str | Path) -> FileTree:
     if not root.exists():
         near = next(parent for parent in root.absolute().parents if parent.is_dir())
         raise FileNotFoundError(f"no such folder: {root} (the nearest that exists is {near})")
-    if not zipfile.is_zipfile(root) and format_of(root) == "zip":
+    if zipfile.is_zipfile(root):
+        return Archive(root)
+    if format_of(root) == "zip":
         raise ValueError(
             f"{root} is a damaged .zip file: the table of contents at its end is missing, so it is cut, or a part of "
             "several; fetch or make it again"
         )
-    if not zipfile.is_zipfile(root):
-        raise ValueError(f"{root} is neither a folder nor a .zip file of images{other_format(root)}")
-    return Archive(root)
+    raise ValueError(f"{root} is neither a folder nor a .zip file of images{other_format(root)}")
 
 
 def format_of(path: Path) -> str:

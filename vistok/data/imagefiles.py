@@ -87,7 +87,8 @@ class TreeFiles(ImageFiles):
         self.source = printable(str(tree.root))
         self.paths: Sequence[str] = [path for path in tree.images() if path.startswith(prefix)]
         others = [path for path in [*tree.others(), *tree.skipped] if path.startswith(prefix)]
-        images = set(map(without_extension, self.paths))
+        has_texts = any(extension(path) == TEXT for path in others)  # else there is no need to look at all images
+        images = set(map(without_extension, self.paths)) if has_texts else set()
         self.left_out = LeftOut.of(path for path in others if not _is_caption(path, images))
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vistok.data.files import is_hidden, member_name, printable
-from vistok.data.formats import extension, image_extensions
+from vistok.data.formats import extension, image_extensions, without_extension
 from vistok.data.imagefiles import LeftOut
 
 UNCONDITIONAL = -1
@@ -180,7 +180,8 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
     for name in members:
         if name in twice and kind.wants(name):
             raise ValueError(
-                f"{path}: the key {printable(_key(name))!r} has two {kind.name}s of the name {printable(name)}"
+                f"{path}: the key {printable(without_extension(name))!r} has two {kind.name}s of the name "
+                f"{printable(name)}"
             )
     images = _chosen(members, kind)
     _check_keys(path, images, kind)
@@ -201,7 +202,7 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
 
 def keys_of(image: str) -> tuple[str, ...]:
     """The keys of an image's label and texts, its own one first: ``a.left`` and ``a`` of ``a.left.png``."""
-    return tuple(dict.fromkeys((_key(image), _webdataset_key(image))))
+    return tuple(dict.fromkeys((without_extension(image), _webdataset_key(image))))
 
 
 def _first(labels: Mapping[str, int], keys: Sequence[str]) -> int:
@@ -211,13 +212,9 @@ def _first(labels: Mapping[str, int], keys: Sequence[str]) -> int:
 def _chosen(members: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """From the name of each image to its key."""
     candidates = [name for name in members if kind.wants(name)]
-    plain = {name for name in candidates if "." not in _key(name).rpartition("/")[2]}
-    keys = {_key(name) for name in plain}
-    return {name: _key(name) for name in candidates if name in plain or _webdataset_key(name) not in keys}
-
-
-def _key(name: str) -> str:
-    return name[: -len(extension(name))] if extension(name) else name
+    plain = {name for name in candidates if "." not in without_extension(name).rpartition("/")[2]}
+    keys = {without_extension(name) for name in plain}
+    return {name: without_extension(name) for name in candidates if name in plain or _webdataset_key(name) not in keys}
 
 
 def _webdataset_key(name: str) -> str:
@@ -230,7 +227,7 @@ def _is_read(name: str, keys: set[str]) -> bool:
     folder, slash, file = name.rpartition("/")
     parts = file.split(".")
     if extension(name) == LABELS[0]:
-        return _key(name) in keys
+        return without_extension(name) in keys
     return any(folder + slash + ".".join(parts[:count]) in keys for count in range(1, len(parts)))
 
 
@@ -253,7 +250,7 @@ def _labels(
     with path.open("rb") as file:
         for kind in LABELS:
             for name, member in members.items():
-                key = _key(name)
+                key = without_extension(name)
                 if extension(name) != kind or key in labels or key not in keys:
                     continue
                 if name in twice:
