@@ -164,10 +164,8 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
     process = holder(tmp_path / "run", *how)
     process.kill()
     process.wait(timeout=SECONDS)
-    begin = time.monotonic()
     with locked(tmp_path / "run"):
         assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
-    assert time.monotonic() - begin < 5
     assert list(tmp_path.iterdir()) == []
     if how:
         end(process)

@@ -221,13 +221,13 @@ def large_tar(path: Path, name: str, start: bytes) -> Path:
 
 def test_a_damaged_png_of_800_megabytes_is_not_read_whole(tmp_path: Path):
     path = large_tar(tmp_path / "0.tar", "a.png", png(0)[:33])
-    source, start = trained(path), time.monotonic()
+    source, start = trained(path), time.process_time()
     with pytest.raises(UnreadableImageError, match=r"0\.tar:a\.png"):
         source[0]
     assert source[1][0].size == (12, 10)
     with pytest.raises(ImageError, match=r"0\.tar:a\.png"):
         open_images(path)
-    assert time.monotonic() - start < 20, "walking through the zeros would take minutes"
+    assert time.process_time() - start < 20, "walking through the zeros would take minutes"
 
 
 @pytest.mark.parametrize("name", ["z.txt", "z.json"])
