@@ -49,6 +49,23 @@ def test_a_clip_of_frames_saves_and_loads(tmp_path):
     assert loaded.config == {"num_frames": 2, "tokenizer": {"name": "vit_vqgan", **tiny("vit_vqgan").config}}
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("kl_vae", {}), ("titok", {"bottleneck": "vae"})])
+def test_moments_of_frames_are_those_of_their_images(name, arguments):
+    image = tiny(name, **arguments)
+    model = Framewise.of(image, 3)
+    clips = pixels(model, batch=2)
+    model.standardise(clips)
+    length = image.spec.length
+    assert model.has_posterior
+    torch.testing.assert_close(
+        model.encode_moments(clips)[1, length : 2 * length],
+        image.encode_moments(clips[1:, :, 1])[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert not any(key.startswith("gaussian") for key in model.state_dict())
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("kl_vae", {}), ("mingtok", {}), ("titok", {"bottleneck": "vae"})])
 def test_standardised_latents_of_frames_stay_so_when_saved(name, arguments, tmp_path):
     Framewise.of(tiny(name, **arguments), 2).save_pretrained(tmp_path / "raw")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vistok.checkpoints import registry
 from vistok.draws import Draws, Keys
+from vistok.quantizers.gaussian import GaussianLatents
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, check_tensor
 
@@ -69,6 +70,7 @@ class Framewise(Tokenizer):
         self.tokenizer = tokenizer
         self.native_range, self.renders = tokenizer.native_range, tokenizer.renders
         self.reconstructs = tokenizer.reconstructs
+        self.has_posterior = tokenizer.has_posterior
         self.encoding_parts = tuple(f"tokenizer.{part}" for part in tokenizer.encoding_parts)
 
     @property
@@ -92,6 +94,14 @@ class Framewise(Tokenizer):
         return self.tokenizer.loss_terms
 
     @property
+    def gaussian(self) -> GaussianLatents:  # type: ignore[override]  # as an attribute, its weights would be saved twice
+        return self.tokenizer.gaussian
+
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        return self.tokenizer.latent_statistics
+
+    @property
     def last_layer(self) -> Tensor:
         return self.tokenizer.last_layer
 
@@ -102,6 +112,11 @@ class Framewise(Tokenizer):
         self.check_condition(condition)
         self.check_pixels(pixels)
         return self._joined(self.tokenizer.encode(_frames(pixels), draws=_of_frames(draws)), len(pixels))
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_pixels(pixels)
+        mean, log_variance = self.tokenizer.moments(_frames(pixels))
+        return self._joined(mean, len(pixels)), self._joined(log_variance, len(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Tokens (B, T * L[, …]) to clips (B, C, T, H, W).
