@@ -19,13 +19,14 @@ from support.archives import write_tar
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
 from vistok.data.captions import CaptionError
+from vistok.data.clips import ClipTransform
 from vistok.data.decoding import ImageDecoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
 from vistok.data.pictures import from_pil, open_picture
 from vistok.data.sources import UnreadableImageError
-from vistok.data.transforms import center_crop_adm
+from vistok.data.transforms import ImageTransform, center_crop_adm, crop_source
 from vistok.eval.images import ImageError, open_images
 
 SIZE = (12, 10)
@@ -258,6 +259,56 @@ def test_links_that_lead_back_are_not_followed(tmp_path: Path, caplog):
     assert len(source) == open_images(tmp_path / "photos").count == 3
     assert "all (a link that leads back)" in caplog.text
     assert open_images(tmp_path / "photos").files_read.left_out.count == 3
+
+
+def oriented_png(where: str) -> bytes:
+    """A PNG of which the given chunk says that it is turned to the right."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    profile = b"\nexif\n%8d\n" % (len(content) + 6) + (b"Exif\0\0" + content).hex().encode() + b"\n"
+    chunk = {
+        "exif": (b"eXIf", content),
+        "xmp": (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'),
+        "profile": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    }[where.partition(" ")[0]]
+    return png_with_chunk(*chunk, before=b"IDAT" if where.endswith("before") else b"IEND")
+
+
+@pytest.mark.parametrize(
+    "where", [f"{kind} {side}" for kind in ("exif", "xmp", "profile") for side in ("before", "behind")]
+)
+def test_the_orientation_of_a_png_counts_wherever_it_is_written(tmp_path: Path, where: str):
+    (tmp_path / "a.png").write_bytes(oriented_png(where))
+    upright = np.asarray(picture(3).transpose(Image.Transpose.ROTATE_270))
+    (trained,) = training_images(tmp_path).values()
+    scored = open_images(tmp_path)
+    assert np.array_equal(trained, upright)
+    assert np.array_equal(next(scored.batches(1))[0].permute(1, 2, 0).numpy(), upright)
+    assert scored.files_read.turned == 1
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "random_resized", "resize"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_extreme_shapes_do_not_fill_the_memory(crop: str, tall: bool):
+    length = 3_000_000  # at 256 px whole, this image would have 196 billion pixels
+    ramp = (np.arange(length) * 255 // (length - 1)).astype(np.uint8)
+    image = Image.fromarray(ramp[:, None] if tall else ramp[None])
+    cropped = ImageTransform(256, crop).crop_image(image, (0.25, 0.25, 0.25))
+    assert cropped.size == (256, 256)
+    expected = {"center": 127, "resize": 127}.get(crop, 63)  # the grey level at the position that was asked for
+    assert abs(np.asarray(cropped).mean() - expected) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3_000_000), (3_000_000, 1)])
+def test_extreme_frames_do_not_fill_the_memory(shape: tuple[int, int]):
+    frames = np.full((2, *shape, 1), 127, np.uint8)
+    assert ClipTransform(2, 64).pixels(frames).shape == (3, 2, 64, 64)
+
+
+def test_only_extreme_shapes_are_cut_out_before_they_are_resized():
+    assert crop_source((320, 10)) == (0, 0, 320, 10)
+    assert crop_source((10, 321), (0.0, 0.99)) == (0, 1, 10, 321)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -661,10 +712,11 @@ def test_shards_whose_keys_begin_anew(tmp_path: Path):
 # Files
 
 
-def png_with_chunk(kind: bytes, content: bytes) -> bytes:
+def png_with_chunk(kind: bytes, content: bytes, before: bytes = b"IDAT") -> bytes:
     data = png(3)
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return data[:33] + chunk + data[33:]  # after the header
+    at = data.index(before) - 4
+    return data[:at] + chunk + data[at:]
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif"])
