@@ -355,6 +355,34 @@ def test_splits_of_other_names_are_not_taken_for_classes_without_a_word(tmp_path
     assert "are read as classes; if they are splits, take one as root" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("Cat", "cat"),
+        ("cat", "cat "),
+        ("a\u200bb", "ab"),
+        ("a b", "a\u00a0b"),
+        ("\uff21", "A"),
+    ],
+)
+@pytest.mark.parametrize("archive", [False, True])
+def test_classes_that_look_alike_are_told(tmp_path: Path, caplog, one: str, other: str, archive: bool):
+    root = write_files(tmp_path, {f"{one}/0.png": png(0), f"{other}/1.png": png(1), "dog/2.png": png(2)}, archive)
+    assert len(open_source(DataConfig(8, root=str(root))).classes) == 3
+    assert f"look alike are classes of their own: {', '.join(map(ascii, sorted((one, other))))};" in caplog.text
+
+
+def test_folders_that_systems_add_hold_no_images(tmp_path: Path, caplog):
+    folders = ("@eaDir/0.png", "b/@eaDir/2.png", "$RECYCLE.BIN", "System Volume Information", "#recycle", "__MACOSX")
+    files = {"a/0.png": png(0), "b/1.png": png(1)} | {f"{folder}/x.jpg": png(2) for folder in folders}
+    for archive in (False, True):
+        root = write_files(tmp_path, files, archive)
+        assert open_source(DataConfig(8, root=str(root))).classes == ("a", "b")
+        assert open_images(root).count == 2
+    assert not caplog.text
+
+
 def test_classes_may_be_called_like_trains(tmp_path: Path, caplog):
     for name in ("trainer", "bullet train", "testament", "car"):
         (tmp_path / name).mkdir()

@@ -210,7 +210,7 @@ def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
 
 
 class _Chunk(NamedTuple):
-    """A chunk of a PNG file: its kind, where it begins in the file, and its length without kind, length and checksum."""
+    """A chunk of a PNG file: its kind, where it begins in the file, and the length of its content in bytes."""
 
     kind: bytes
     position: int

@@ -27,6 +27,8 @@ CAPTIONS = "captions.jsonl"
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
 """Files that `vistok sample` writes beside samples. In a folder with the first one, all of them are left out."""
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that Windows and network drives add, with thumbnails or deleted files in them."""
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
 """The errors, besides OSError, of reading a damaged entry of an archive."""
 NPY_ERRORS = (
@@ -267,8 +269,11 @@ def _escaped(sign: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder above it, has a hidden name (``.x``) or is macOS's ``__MACOSX``."""
-    return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.split("/"))
+    """Whether a file, or a folder above it, has a hidden name (``.x``) or one of ``SYSTEM_FOLDERS``."""
+    return any(
+        part in SYSTEM_FOLDERS or (part.startswith((".", "__MACOSX")) and part not in (".", ".."))
+        for part in path.split("/")
+    )
 
 
 def _wrapper(paths: Sequence[str]) -> str:
