@@ -14,8 +14,8 @@ from support.tiny_models import tiny
 import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
-from vistok.pipelines.classes import ClassNames
 from vistok.pipelines import Pipeline
+from vistok.pipelines.classes import ClassNames
 from vistok.pipelines.folders import load_tokenizer
 from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
