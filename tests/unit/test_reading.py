@@ -24,6 +24,7 @@ from vistok.data.decoding import ImageDecoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
+from vistok.data.movies import frames_to_pixels
 from vistok.data.pictures import from_pil, open_picture
 from vistok.data.sources import UnreadableImageError
 from vistok.data.transforms import ImageTransform, center_crop_adm, crop_source
@@ -705,6 +706,38 @@ def test_class_names_of_shards_are_read_as_text_or_named(tmp_path: Path, content
         return
     with pytest.raises(ValueError, match=r"classnames\.txt is no text in UTF-8: byte 0xe9 at 3"):
         open_source(DataConfig(8, source="webdataset", root=str(path)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "F", "LA", "PA", "RGBX", "RGBa", "I;16", "I;16B"],
+)
+def test_images_of_every_mode_are_read_alike_by_pipelines_and_as_frames(mode: str, channels: int):
+    levels = {"F": 1, "YCbCr": (100, 128, 128)}  # 0 is no colour in YCbCr
+    image = Image.new(mode, SIZE, levels.get(mode, 0))
+    still = from_pil([image], (8, 8), channels)
+    frames = frames_to_pixels([image, image], 8, channels)
+    assert still.shape == (1, channels, 8, 8)
+    assert torch.allclose(frames[:, :, 0], still, atol=0.01)
+
+
+def test_frames_are_photos(tmp_path: Path):
+    hidden = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert frames_to_pixels([hidden], 8, 3).min() == 1
+    deep = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
+    assert abs(float(frames_to_pixels([deep], 8, 3).mean())) < 0.01
+    with pytest.raises(ValueError, match="32-bit integers"):
+        frames_to_pixels([Image.new("I", (8, 8))], 8, 3)
+
+
+@pytest.mark.parametrize("extension", ["jp2", "qoi", "tga", "ppm"])
+def test_formats_that_are_not_read_are_refused_with_those_that_are(tmp_path: Path, extension: str):
+    picture(1).save(tmp_path / f"a.{extension}")
+    with pytest.raises(
+        ValueError, match=rf"a\.{extension}: no image that can be read; .* another format; expected .png"
+    ):
+        open_picture(tmp_path / f"a.{extension}", ImageDecoder())
 
 
 def test_names_do_not_command_a_terminal(tmp_path: Path, caplog):

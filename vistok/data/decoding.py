@@ -125,7 +125,7 @@ class ImageDecoder:
                     "white; store 8-bit images"
                 )
             image.load()
-            return image if image.mode == self.mode else image.convert(self.mode)
+            return _converted(image, self.mode)
         # Large images are reduced to no less than twice the wanted side.
         enough = 2 * self.side if self.side is not None and image.width * image.height > LARGE else None
         if enough and image.format in ("JPEG", "MPO"):
@@ -152,7 +152,7 @@ class ImageDecoder:
             image = image.convert("RGBA")
             below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
             image = Image.alpha_composite(below, image)
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return _converted(image, self.mode)
 
     def _header(self, image: Image.Image) -> Header:
         turned, sideways = False, False
@@ -298,6 +298,12 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         8: Image.Transpose.ROTATE_90,
     }
     return by_tag.get(_tag(image))
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "LAB":  # Pillow converts it to RGB alone
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -42,8 +42,8 @@ def thumbnails(source: ImageSource | ClipSource, indices: Iterable[int]) -> dict
 
 
 def lookalikes(looked: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> dict[int, int]:
-    """The index of the most similar one of ``others``, as it is or mirrored, for each of ``looked``; those that resemble
-    none are left out."""
+    """The index of the most similar one of ``others``, as it is or mirrored, for each of ``looked``; those that
+    resemble none are left out."""
     keys, rows = list(others), np.array(list(others.values()))
     found = {}
     for index, values in looked.items() if keys else ():

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vistok.data.decoding import DECODING_ERRORS, ImageDecoder, open_image
+from vistok.data.formats import image_extensions
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -107,7 +108,7 @@ def open_picture(path: str | Path, decoder: ImageDecoder | None = None) -> Image
                 image.load()
                 return image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read; expected PNG, JPEG, WebP, …") from error
+        raise ValueError(f"{path}: {error}; expected {' '.join(image_extensions())}") from error
     except DECODING_ERRORS as error:
         raise ValueError(f"{path} is damaged or cannot be decoded: {error}") from error
 
