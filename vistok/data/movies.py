@@ -141,7 +141,8 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
 
     Args:
         frames: uint8 (T, H, W, C) or (B, T, H, W, C), or the PIL images of one clip, read like photos (see
-            ``ImageDecoder``): these are resized and cropped in the centre. Float clips (B, C, T, H, W) in [-1, 1] are returned as they are.
+            ``ImageDecoder``): these are resized and cropped in the centre. Float clips (B, C, T, H, W) in [-1, 1] are
+            returned as they are.
 
     Raises:
         ValueError: another shape or type, or images whose white is not known.
