@@ -78,6 +78,8 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
     height, width = size
     if height != width:
         raise ValueError(f"images are cropped to squares, but {height}x{width} was asked for; pass pixels instead")
+    if not isinstance(images, Sequence):
+        raise ValueError(f"images must be a list of PIL images, got {type(images).__name__}")
     if not len(images):
         raise ValueError("there are no images")
     for image in images:
