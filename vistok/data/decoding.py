@@ -236,7 +236,7 @@ def _may_be_turned(png: Image.Image) -> bool:
     were read, then in some behind the pixels."""
     if not ORIENTING_TEXTS.isdisjoint(png.info):
         return True
-    file = png.fp
+    file = getattr(png, "fp", None)
     if file is None:
         return False
     place = file.tell()
