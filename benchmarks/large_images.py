@@ -24,6 +24,7 @@ from vistok.data.transforms import center_crop_adm
 
 KINDS = {
     "jpeg": ("RGB", "jpg", {}),
+    "jpeg, progressive": ("RGB", "jpg", {"progressive": True}),
     "jpeg, CMYK": ("CMYK", "jpg", {}),
     "jpeg, several pictures (MPO)": ("RGB", "mpo", {}),
     "png": ("RGB", "png", {"compress_level": 1}),
@@ -34,6 +35,8 @@ KINDS = {
     "bmp": ("RGB", "bmp", {}),
     "gif": ("P", "gif", {}),
     "tiff": ("RGB", "tif", {}),
+    "tiff, compressed": ("RGB", "tif", {"compression": "tiff_lzw"}),
+    "avif": ("RGB", "avif", {"speed": 10, "quality": 30}),
 }
 
 
@@ -49,6 +52,7 @@ def picture(mode: str, side: int) -> Image.Image:
 
 def read(file: Path, size: int) -> tuple[float, float]:
     """MiB and CPU seconds that reading a file takes; called in a separate process."""
+    Image.MAX_IMAGE_PIXELS = None
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = kibibytes("VmRSS"), time.process_time()
     with file.open("rb") as opened:
@@ -67,14 +71,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="of what they become")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="which of them")
     arguments = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.kinds:
             mode, extension, options = KINDS[name]
             file = Path(folder) / f"large.{extension}"
             picture(mode, arguments.side).save(file, **options)
-            with get_context("fork").Pool(1) as pool:
+            # A forked process would reuse the memory that writing the file took.
+            with get_context("spawn").Pool(1) as pool:
                 memory, seconds = pool.apply_async(read, (file, arguments.size)).get(timeout=300)
             file.unlink()
             say(f"{name}: {memory:,.0f} MiB, {seconds:.1f} s")

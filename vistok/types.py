@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -51,7 +51,8 @@ class TokenSpec:
         prefix_step: k if every prefix of a multiple of k tokens decodes; None if only whole sequences do.
 
     Raises:
-        ValueError: the grid, or the scales together, do not hold ``length`` tokens.
+        ValueError: the grid, or the scales together, do not hold ``length`` tokens; sides that are not whole numbers of
+            at least 1; or scales that are not ordered from small to large.
     """
 
     length: int
@@ -65,8 +66,11 @@ class TokenSpec:
     def __post_init__(self) -> None:
         # A spec read from JSON holds lists; it must equal the spec that was saved.
         if self.grid is not None:
-            object.__setattr__(self, "grid", tuple(self.grid))
-        object.__setattr__(self, "scales", tuple(tuple(scale) for scale in self.scales))
+            object.__setattr__(self, "grid", _sides("grid", self.grid))
+        if not isinstance(self.scales, list | tuple):
+            raise ValueError(f"scales must be a grid for each scale, got {self.scales!r}")
+        scales = tuple(_sides("each of the scales", scale) for scale in self.scales)
+        object.__setattr__(self, "scales", check_growth(scales))
         if self.grid is not None and math.prod(self.grid) != self.length:
             raise ValueError(f"grid {self.grid} holds {math.prod(self.grid)} tokens, but length is {self.length}")
         if self.scales and sum(map(math.prod, self.scales)) != self.length:
@@ -408,6 +412,21 @@ class TokenChunk:
 
 
 T = TypeVar("T")
+Sides = TypeVar("Sides", bound=tuple[int, ...])
+
+
+def _sides(name: str, grid: object) -> tuple[int, ...]:
+    if not isinstance(grid, list | tuple) or not grid or not all(type(side) is int and side >= 1 for side in grid):
+        raise ValueError(f"{name} must be (height, width), whole numbers of at least 1; got {grid!r}")
+    return tuple(grid)
+
+
+def check_growth(scales: tuple[Sides, ...]) -> tuple[Sides, ...]:
+    """Return the grids of scales if they are ordered from small to large; else raise ValueError."""
+    for small, large in pairwise(scales):
+        if len(small) != len(large) or any(one > other for one, other in zip(small, large)):
+            raise ValueError(f"scales must be ordered from small to large, but {large} follows {small}")
+    return scales
 
 
 def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:

@@ -15,21 +15,32 @@ from vistok.types import Condition
 from .harness import GoldenFailure, Step
 
 
-def conditioned(step: Step, probability: str, default: float) -> Condition:
-    """The labels, dropped where the step gives the draws."""
-    condition = Condition.from_labels(step.tensor("label", 1))
-    if not step.has("drop_u"):
+def labelled(labels: Tensor, num_classes: int | None) -> Condition:
+    """The labels; the reference's null class is one more than there are classes."""
+    return Condition.from_labels(torch.where(labels == num_classes, -1, labels.long()))
+
+
+def conditioned(step: Step, probability: str, model: QueryGenerator) -> Condition:
+    """The labels, dropped where the step gives the draws, the last of its inputs."""
+    condition = labelled(step.tensor("label", 1), model.num_classes)
+    others = 2 if step.args.get("order") == "raster" else 3  # ids, labels, and orders
+    if not step.has("drop_u") and len(step.inputs) <= others:
         return condition
-    return condition.drop(step.tensor("drop_u", 0) < step.args.get(probability, default))
+    return condition.drop(step.tensor("drop_u", others) < step.args.get(probability, model.condition_dropout))
 
 
 def orders(step: Step, ids: Tensor) -> Tensor:
-    """The step's order (B, N)."""
+    """The step's order (B, N) for ids (B, N)."""
+    return orders_of(step, 2, tuple(ids.shape))
+
+
+def orders_of(step: Step, position: int, shape: tuple[int, int]) -> Tensor:
+    """The step's order of the shape (B, N), which is the input at ``position``."""
     match step.args.get("order", "given"):
         case "given":
-            return step.tensor("order", 2).long().expand(ids.shape)
+            return step.tensor("order", position).long().expand(shape)
         case "raster":
-            return torch.arange(ids.shape[1]).expand(ids.shape)
+            return torch.arange(shape[1]).expand(shape)
         case order:
             raise GoldenFailure(f"{step.id}: order {order!r} is not computed, only raster and a given one")
 
@@ -62,8 +73,9 @@ def guided_samples(model: QueryGenerator, step: Step, args: Mapping[str, Any], r
         guidance_schedule="linear-done",
         group_sizes=tuple(args["group_sizes"]),
     )
-    order = step.tensor("order", 1).long()
-    session = model.start(Condition.from_labels(step.tensor("label", 0)), options, draws={"order": order})
+    condition = labelled(step.tensor("label", 0), model.num_classes)
+    order = orders_of(step, 1, (len(condition), model.spec.length))
+    session = model.start(condition, options, draws={"order": order})
     logits = []
     while session.step < len(session.plan):
         logits.append(session.next_logits().clone())

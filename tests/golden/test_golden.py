@@ -7,9 +7,11 @@ folders in FOLDER as well.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import runners  # noqa: F401  registers all runners
 from .harness import Case, GoldenFailure, find_cases, load_case, run_step
@@ -39,3 +41,13 @@ def test_golden(folder: Path, label: str, index: int):
         problem = str(failure)
     if problem:  # the message is enough; a traceback through the harness would hide it
         pytest.fail(problem, pytrace=False)
+
+
+@pytest.mark.parametrize("name", ["randar_gpt", "lpd_generator"])
+def test_inputs_of_generators_with_queries_may_have_other_names_and_integers(name: str):
+    case = Case(PUBLIC / name)
+    step = next(step for step in case.steps if step.op == "loss" and step.has("drop_u"))
+    names = tuple(f"{name}_2" for name in step.inputs)
+    given = {f"in/{new}": case.tensors[f"in/{old}"] for new, old in zip(names, step.inputs)}
+    case.tensors |= {key: t.int() if t.dtype == torch.int64 else t for key, t in given.items()}
+    run_step(case, replace(step, inputs=names))

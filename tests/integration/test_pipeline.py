@@ -15,6 +15,7 @@ import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
+from vistok.pipelines.classes import ClassNames
 from vistok.pipelines.folders import load_tokenizer
 from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
@@ -136,6 +137,9 @@ def test_classes_by_id_and_name(pipe, labels, ids):
         ("zzz", r"unknown class 'zzz'\. There are 5"),
         (5, r"class id 5 is out of range\. There are 5 classes"),
         ("-1", "class id -1 is out of range"),
+        ("--1", "unknown class '--1'"),
+        ("\u00b2", "unknown class"),
+        ("9" * 5000, "unknown class"),
         (-1, "class id -1 is out of range"),
         ("crane", r"'crane' is ambiguous.*3: crane; 4: crane"),
         (1.5, "an id or a name, got 1.5"),
@@ -146,6 +150,13 @@ def test_classes_by_id_and_name(pipe, labels, ids):
 def test_bad_classes(pipe, labels, message):
     with pytest.raises(ValueError, match=message):
         pipe(labels)
+
+
+def test_names_are_found_in_any_form():
+    names = ClassNames(4, ["Cafe\u0301", "Cat", "cat", "dog"])
+    assert names.resolve(["caf\u00e9", "CAFE\u0301 ", "Cat", "cat", "Dog"]) == [0, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="'CAT' is ambiguous"):
+        names.resolve("CAT")
 
 
 def test_what_to_generate_must_be_said_once(pipe, unconditional):

@@ -468,11 +468,21 @@ def save_photos(folder: Path, numbers: range, suffix: str = ".jpg", **options: A
     return folder
 
 
-def encoded_anew(folder: Path, target: Path, suffix: str, *, name: str = "{}", side: int = 96, **options: Any) -> Path:
+def encoded_anew(
+    folder: Path,
+    target: Path,
+    suffix: str,
+    *,
+    name: str = "{}",
+    side: int = 96,
+    mirrored: bool = False,
+    **options: Any,
+) -> Path:
     (target / "cat").mkdir(parents=True)
     for path in folder.glob("cat/*.jpg"):
         with Image.open(path) as image:
             copy = image.resize((side, side * 2 // 3), Image.Resampling.BOX)
+        copy = copy.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else copy
         copy.save(target / "cat" / (name.format(path.stem) + suffix), **options)
     return target
 
@@ -485,6 +495,7 @@ def encoded_anew(folder: Path, target: Path, suffix: str, *, name: str = "{}", s
         (".jpg", {"quality": 50}),
         (".webp", {"quality": 60}),
         (".bmp", {"side": 48}),
+        (".png", {"mirrored": True, "name": "mirrored_{}"}),
     ],
 )
 def test_held_out_images_that_were_encoded_anew_are_not_held_out(tmp_path, suffix, options):

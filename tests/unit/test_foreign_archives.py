@@ -11,6 +11,7 @@ import struct
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_links_of_archives_are_named(tmp_path: Path, caplog):
         (b"ca\0fe", False, "ca\\x00fe"),
     ],
 )
-def test_names_of_entries_in_every_encoding(tmp_path: Path, stored: bytes, told: bool, name: str):
+def test_names_of_entries_in_every_encoding(tmp_path: Path, caplog, stored: bytes, told: bool, name: str):
     plain = "c" * len(stored)
     data = bytearray(zipped(tmp_path / "x.zip", [f"{plain}/a.png", "dog/b.png"]).read_bytes())
     if told:
@@ -126,6 +127,28 @@ def test_names_of_entries_in_every_encoding(tmp_path: Path, stored: bytes, told:
     source = trained(tmp_path / "x.zip")
     assert set(source.classes) == {name, "dog"}
     assert [source[index][0].size for index in range(2)] == [(12, 10)] * 2
+    assert ("read as code page 437" in caplog.text) == (name in ("café", "cafΘ") and b"\xc3" not in stored)
+
+
+@pytest.mark.parametrize("stored", ["кошка".encode("cp866"), "猫表".encode("gbk"), "ソ".encode("shift-jis"), b"\xe9"])
+@pytest.mark.parametrize("damage", ["", "renamed", "other", "version"])
+def test_names_that_info_zip_repeats_in_utf8(tmp_path: Path, caplog, stored: bytes, damage: str):
+    meant = "кошка"
+    plain = "c" * len(stored + b"/a.png")
+    crc = zlib.crc32(stored + b"/a.png" + (b"x" if damage == "renamed" else b""))
+    content = bytes([1 + (damage == "version")]) + crc.to_bytes(4, "little") + f"{meant}/a.png".encode()
+    field = struct.pack("<HH", 0x7076 if damage == "other" else 0x7075, len(content)) + content
+    info = zipfile.ZipInfo(plain)
+    info.extra = struct.pack("<HHB", 0x5455, 1, 0) + field
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(info, png(1))
+        archive.writestr("dog/b.png", png(2))
+    data = (tmp_path / "x.zip").read_bytes().replace(plain.encode(), stored + b"/a.png")
+    (tmp_path / "x.zip").write_bytes(data)
+    source = trained(tmp_path / "x.zip")
+    assert len(source) == 2
+    assert (meant in source.classes) == (not damage)
+    assert ("read as code page 437" in caplog.text) == bool(damage)
 
 
 def test_what_lies_beside_the_one_folder_of_images_is_named(tmp_path: Path, caplog):

@@ -19,13 +19,15 @@ from support.archives import write_tar
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
 from vistok.data.captions import CaptionError
+from vistok.data.clips import ClipTransform
 from vistok.data.decoding import ImageDecoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
+from vistok.data.movies import frames_to_pixels
 from vistok.data.pictures import from_pil, open_picture
 from vistok.data.sources import UnreadableImageError
-from vistok.data.transforms import center_crop_adm
+from vistok.data.transforms import ImageTransform, center_crop_adm, crop_source
 from vistok.eval.images import ImageError, open_images
 
 SIZE = (12, 10)
@@ -260,6 +262,56 @@ def test_links_that_lead_back_are_not_followed(tmp_path: Path, caplog):
     assert open_images(tmp_path / "photos").files_read.left_out.count == 3
 
 
+def oriented_png(where: str) -> bytes:
+    """A PNG of which the given chunk says that it is turned to the right."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    profile = b"\nexif\n%8d\n" % (len(content) + 6) + (b"Exif\0\0" + content).hex().encode() + b"\n"
+    chunk = {
+        "exif": (b"eXIf", content),
+        "xmp": (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'),
+        "profile": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    }[where.partition(" ")[0]]
+    return png_with_chunk(*chunk, before=b"IDAT" if where.endswith("before") else b"IEND")
+
+
+@pytest.mark.parametrize(
+    "where", [f"{kind} {side}" for kind in ("exif", "xmp", "profile") for side in ("before", "behind")]
+)
+def test_the_orientation_of_a_png_counts_wherever_it_is_written(tmp_path: Path, where: str):
+    (tmp_path / "a.png").write_bytes(oriented_png(where))
+    upright = np.asarray(picture(3).transpose(Image.Transpose.ROTATE_270))
+    (trained,) = training_images(tmp_path).values()
+    scored = open_images(tmp_path)
+    assert np.array_equal(trained, upright)
+    assert np.array_equal(next(scored.batches(1))[0].permute(1, 2, 0).numpy(), upright)
+    assert scored.files_read.turned == 1
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "random_resized", "resize"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_extreme_shapes_do_not_fill_the_memory(crop: str, tall: bool):
+    length = 3_000_000  # at 256 px whole, this image would have 196 billion pixels
+    ramp = (np.arange(length) * 255 // (length - 1)).astype(np.uint8)
+    image = Image.fromarray(ramp[:, None] if tall else ramp[None])
+    cropped = ImageTransform(256, crop).crop_image(image, (0.25, 0.25, 0.25))
+    assert cropped.size == (256, 256)
+    expected = {"center": 127, "resize": 127}.get(crop, 63)  # the grey level at the position that was asked for
+    assert abs(np.asarray(cropped).mean() - expected) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3_000_000), (3_000_000, 1)])
+def test_extreme_frames_do_not_fill_the_memory(shape: tuple[int, int]):
+    frames = np.full((2, *shape, 1), 127, np.uint8)
+    assert ClipTransform(2, 64).pixels(frames).shape == (3, 2, 64, 64)
+
+
+def test_only_extreme_shapes_are_cut_out_before_they_are_resized():
+    assert crop_source((320, 10)) == (0, 0, 320, 10)
+    assert crop_source((10, 321), (0.0, 0.99)) == (0, 1, 10, 321)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_splits_are_found_below(tmp_path: Path, kind: str, caplog):
     inner = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
@@ -302,6 +354,34 @@ def test_splits_of_other_names_are_not_taken_for_classes_without_a_word(tmp_path
         picture(0).save(tmp_path / name / "a.png")
     assert len(open_source(DataConfig(8, root=str(tmp_path))).classes) == len(names.split())
     assert "are read as classes; if they are splits, take one as root" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("Cat", "cat"),
+        ("cat", "cat "),
+        ("a\u200bb", "ab"),
+        ("a b", "a\u00a0b"),
+        ("\uff21", "A"),
+    ],
+)
+@pytest.mark.parametrize("archive", [False, True])
+def test_classes_that_look_alike_are_told(tmp_path: Path, caplog, one: str, other: str, archive: bool):
+    root = write_files(tmp_path, {f"{one}/0.png": png(0), f"{other}/1.png": png(1), "dog/2.png": png(2)}, archive)
+    assert len(open_source(DataConfig(8, root=str(root))).classes) == 3
+    assert f"look alike are classes of their own: {', '.join(map(ascii, sorted((one, other))))};" in caplog.text
+
+
+def test_folders_that_systems_add_hold_no_images(tmp_path: Path, caplog):
+    folders = ("@eaDir/0.png", "b/@eaDir/2.png", "$RECYCLE.BIN", "System Volume Information", "#recycle", "__MACOSX")
+    files = {"a/0.png": png(0), "b/1.png": png(1)} | {f"{folder}/x.jpg": png(2) for folder in folders}
+    for archive in (False, True):
+        root = write_files(tmp_path, files, archive)
+        assert open_source(DataConfig(8, root=str(root))).classes == ("a", "b")
+        assert open_images(root).count == 2
+    assert not caplog.text
 
 
 def test_classes_may_be_called_like_trains(tmp_path: Path, caplog):
@@ -628,6 +708,38 @@ def test_class_names_of_shards_are_read_as_text_or_named(tmp_path: Path, content
         open_source(DataConfig(8, source="webdataset", root=str(path)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "F", "LA", "PA", "RGBX", "RGBa", "I;16", "I;16B"],
+)
+def test_images_of_every_mode_are_read_alike_by_pipelines_and_as_frames(mode: str, channels: int):
+    levels = {"F": 1, "YCbCr": (100, 128, 128)}  # 0 is no colour in YCbCr
+    image = Image.new(mode, SIZE, levels.get(mode, 0))
+    still = from_pil([image], (8, 8), channels)
+    frames = frames_to_pixels([image, image], 8, channels)
+    assert still.shape == (1, channels, 8, 8)
+    assert torch.allclose(frames[:, :, 0], still, atol=0.01)
+
+
+def test_frames_are_photos(tmp_path: Path):
+    hidden = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert frames_to_pixels([hidden], 8, 3).min() == 1
+    deep = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
+    assert abs(float(frames_to_pixels([deep], 8, 3).mean())) < 0.01
+    with pytest.raises(ValueError, match="32-bit integers"):
+        frames_to_pixels([Image.new("I", (8, 8))], 8, 3)
+
+
+@pytest.mark.parametrize("extension", ["jp2", "qoi", "tga", "ppm"])
+def test_formats_that_are_not_read_are_refused_with_those_that_are(tmp_path: Path, extension: str):
+    picture(1).save(tmp_path / f"a.{extension}")
+    with pytest.raises(
+        ValueError, match=rf"a\.{extension}: no image that can be read; .* another format; expected .png"
+    ):
+        open_picture(tmp_path / f"a.{extension}", ImageDecoder())
+
+
 def test_names_do_not_command_a_terminal(tmp_path: Path, caplog):
     for name in ("red\x1b[31m", "two\nlines", "back\x9b2J"):
         (tmp_path / name).mkdir()
@@ -661,10 +773,11 @@ def test_shards_whose_keys_begin_anew(tmp_path: Path):
 # Files
 
 
-def png_with_chunk(kind: bytes, content: bytes) -> bytes:
+def png_with_chunk(kind: bytes, content: bytes, before: bytes = b"IDAT") -> bytes:
     data = png(3)
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return data[:33] + chunk + data[33:]  # after the header
+    at = data.index(before) - 4
+    return data[:at] + chunk + data[at:]
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif"])

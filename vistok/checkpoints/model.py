@@ -88,6 +88,7 @@ class Model(
                 return self
             bound.apply_defaults()
             self._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+            _check_ranges(self._arguments)
         return self
 
     @property
@@ -187,6 +188,23 @@ class Model(
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
         hash_weights(digest, merged(self.state_dict()))
         return digest.hexdigest()
+
+
+LEAST = {"dim": 1, "num_layers": 1, "num_heads": 1, "num_classes": 0}
+"""The least values of arguments that many models have."""
+SHARES = ("dropout", "_drop", "drop_path")
+"""How arguments end that are shares of what is dropped."""
+
+
+def _check_ranges(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for constructor arguments out of the range that their names imply."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name.endswith(SHARES) and not 0 <= value <= 1:
+            raise ValueError(f"{name} is a share from 0 to 1, got {value}")
+        if name in LEAST and not value >= LEAST[name]:
+            raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
 
 
 CONSTRUCTION_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError)

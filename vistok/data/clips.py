@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.clip_sources import ClipSource
+from vistok.data.transforms import crop_source
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
 from vistok.signatures import check_least
@@ -127,7 +128,13 @@ def _edge(side: int, size: int, uniform: float | None) -> int:
 
 
 def resize_frames(clip: Tensor, size: int, *, keep_aspect: bool) -> Tensor:
-    """Resize frames (T, C, H, W), bilinear and antialiased: the short side to ``size``, or both sides."""
+    """Resize frames (T, C, H, W), bilinear and antialiased: the short side to ``size``, or both sides.
+
+    With ``keep_aspect``, only the middle of frames of extreme shapes is kept, see ``crop_source``.
+    """
+    if keep_aspect:
+        left, top, right, bottom = crop_source((clip.shape[-1], clip.shape[-2]))
+        clip = clip[..., top:bottom, left:right]
     height, width = clip.shape[-2:]
     if keep_aspect:
         short = min(height, width)

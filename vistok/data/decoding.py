@@ -6,7 +6,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple, TypeVar
 
@@ -33,6 +33,10 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these
 GREY_SCALES = {"L;2": 85, "L;4": 17}
 """The factors by which Pillow multiplies the grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ORIENTING = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""The chunks of a PNG that may hold its orientation, before or behind its pixels."""
+ORIENTING_TEXTS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+"""Pillow's names of what these chunks hold, if it is an orientation: EXIF data, those of ImageMagick, Adobe's XMP."""
 
 # What Pillow's decoders, and the archives that files are read from, are known to raise on damaged files.
 DECODING_ERRORS = (
@@ -121,7 +125,7 @@ class ImageDecoder:
                     "white; store 8-bit images"
                 )
             image.load()
-            return image if image.mode == self.mode else image.convert(self.mode)
+            return _converted(image, self.mode)
         # Large images are reduced to no less than twice the wanted side.
         enough = 2 * self.side if self.side is not None and image.width * image.height > LARGE else None
         if enough and image.format in ("JPEG", "MPO"):
@@ -148,11 +152,11 @@ class ImageDecoder:
             image = image.convert("RGBA")
             below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
             image = Image.alpha_composite(below, image)
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return _converted(image, self.mode)
 
     def _header(self, image: Image.Image) -> Header:
         turned, sideways = False, False
-        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode a PNG to look for it
+        if image.format != "PNG" or _may_be_turned(image):  # else Pillow would decode a PNG to look for it
             turned = _orientation(image) is not None
         if image.format == "TIFF":
             image.load()  # Pillow turns these while it decodes, and some versions give the old size until then
@@ -205,6 +209,43 @@ def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
         return use(image)
 
 
+class _Chunk(NamedTuple):
+    """A chunk of a PNG file: its kind, where it begins in the file, and the length of its content in bytes."""
+
+    kind: bytes
+    position: int
+    length: int
+
+
+def _chunks(png: IO[bytes]) -> Iterator[_Chunk]:
+    """The chunks of a PNG file, of which the signature has been read; the file is then behind their headers. They end
+    where it is damaged."""
+    position = png.tell()
+    while len(header := png.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if not kind.isalpha():
+            break
+        yield _Chunk(kind, position, length)
+        if kind == b"IEND":
+            break
+        position = png.seek(position + 12 + length)
+
+
+def _may_be_turned(png: Image.Image) -> bool:
+    """Whether a PNG, of which only the header was read, may hold an orientation: if not in the texts and EXIF data that
+    were read, then in some behind the pixels."""
+    if not ORIENTING_TEXTS.isdisjoint(png.info):
+        return True
+    file = getattr(png, "fp", None)
+    if file is None:
+        return False
+    place = file.tell()
+    file.seek(len(PNG_SIGNATURE))
+    kinds = [chunk.kind for chunk in _chunks(file)]
+    file.seek(place)
+    return b"IDAT" in kinds and any(kind in ORIENTING for kind in kinds[kinds.index(b"IDAT") :])
+
+
 def _only_pixels(png: IO[bytes]) -> bytes | None:
     """A PNG file, of which the signature has been read, without the chunks that no conversion here looks at; None if it
     has none. Of a damaged file no more is read than the headers of its chunks.
@@ -213,22 +254,16 @@ def _only_pixels(png: IO[bytes]) -> bytes | None:
         ValueError: it is Apple's form of PNG.
     """
     kept: list[tuple[int, int]] = []
-    has_others, position = False, png.tell()
-    while len(header := png.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
+    has_others = False
+    for kind, position, length in _chunks(png):
         if kind == b"CgBI":
             raise ValueError(
                 "it is Apple's form of PNG for iOS (CgBI); convert it, for example by `sips -s format png`"
             )
-        if not kind.isalpha():  # no chunk, so this is where it is damaged
-            break
         if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and _is_whole(png.read(length + 4), kind)):
             kept.append((position, 12 + length))
         else:
             has_others = True
-        if kind == b"IEND":
-            break
-        position = png.seek(position + 12 + length)
     if not has_others:
         return None
     parts = [PNG_SIGNATURE]
@@ -263,6 +298,12 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         8: Image.Transpose.ROTATE_90,
     }
     return by_tag.get(_tag(image))
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "LAB":  # Pillow converts it to RGB alone
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _is_transparent(image: Image.Image) -> bool:

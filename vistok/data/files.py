@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import stat
+import struct
 import tokenize
 import unicodedata
 import zipfile
@@ -22,11 +24,15 @@ try:
 except ImportError:  # Python was built without lzma; zipfile then cannot read such entries
     LZMAError = EOFError  # type: ignore[misc, assignment]
 
+log = logging.getLogger(__name__)
+
 CAPTIONS = "captions.jsonl"
 """The file of captions beside images; see :mod:`vistok.data.captions`."""
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
 """Files that `vistok sample` writes beside samples. In a folder with the first one, all of them are left out."""
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that Windows and network drives add, with thumbnails or deleted files in them."""
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
 """The errors, besides OSError, of reading a damaged entry of an archive."""
 NPY_ERRORS = (
@@ -56,6 +62,9 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, surrogates and line ends."""
 UTF8_NAME = 0x800
 """The flag of a zip entry whose name is UTF-8."""
+UNICODE_PATH = 0x7075
+"""The extra field of a zip entry in which Info-ZIP repeats the name in UTF-8, behind a version (1) and the CRC-32 of
+the name's bytes."""
 HELD_IN_MEMORY = 64 << 20
 """Members of an archive of at most this many bytes are unpacked at once; larger ones are unpacked while they are
 read."""
@@ -144,15 +153,25 @@ class Archive(FileTree):
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"{root} is a damaged .zip file ({error}); fetch or make it again") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
-        skipped = []
+        skipped, unsure = [], []
         for info in self._zip.infolist():
-            name, is_folder = member_name(_stored_name(info)), info.filename.endswith(("/", "\\"))
+            stored, is_known = _stored_name(info)
+            name, is_folder = member_name(stored), info.filename.endswith(("/", "\\"))
             if stat.S_ISLNK(info.external_attr >> 16):
                 skipped.append(f"{name} (a link; zip without -y stores what it leads to)")
             elif name and not is_folder:
                 if name in self._members:
                     skipped.append(f"{name} (an earlier entry of that name)")
                 self._members[name] = info
+                unsure += [] if is_known or is_hidden(name) else [name]
+        if unsure:
+            log.warning(
+                "%s: the names of %d entries, such as %s, are not in UTF-8 and are read as code page 437; if they look "
+                "wrong, make the archive anew with names in UTF-8",
+                root,
+                len(unsure),
+                printable(unsure[0]),
+            )
         self._wrapper = ""
         super().__init__(root)
         self.skipped += [name.removeprefix(self._wrapper) for name in skipped if not is_hidden(name)]
@@ -236,16 +255,30 @@ def member_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def _stored_name(info: zipfile.ZipInfo) -> str:
-    """The name of an entry, where zipfile cuts it at a NUL, and takes UTF-8 without the flag that says so (as macOS
-    writes it) for code page 437."""
+def _stored_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
+    """The name of an entry, and whether its encoding is known: the archive says UTF-8, it is UTF-8 all the same (as
+    macOS writes it), or Info-ZIP's extra field has it in UTF-8. Otherwise the name is read as code page 437.
+
+    zipfile cuts names at a NUL.
+    """
     name = info.orig_filename if "\0" in info.orig_filename else info.filename
     if info.flag_bits & UTF8_NAME or name.isascii():
-        return name
+        return name, True
+    stored = info.orig_filename.encode("cp437", "replace")
     try:
-        return name.encode("cp437").decode("utf-8")
+        return (_unicode_path(info.extra, stored) or stored.decode("utf-8")), True
     except UnicodeError:
-        return name
+        return name, False
+
+
+def _unicode_path(extra: bytes, stored: bytes) -> str | None:
+    """The name in Info-ZIP's extra field "Unicode Path", unless the entry was renamed since that was written."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        content, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == UNICODE_PATH and content[:5] == b"\1" + zlib.crc32(stored).to_bytes(4, "little"):
+            return content[5:].decode("utf-8")
+    return None
 
 
 def printable(text: str) -> str:
@@ -267,8 +300,11 @@ def _escaped(sign: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder above it, has a hidden name (``.x``) or is macOS's ``__MACOSX``."""
-    return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.split("/"))
+    """Whether a file, or a folder above it, has a hidden name (``.x``) or one of ``SYSTEM_FOLDERS``."""
+    return any(
+        part in SYSTEM_FOLDERS or (part.startswith((".", "__MACOSX")) and part not in (".", ".."))
+        for part in path.split("/")
+    )
 
 
 def _wrapper(paths: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from vistok.data.captions import FolderCaptions
 from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, FileTree, open_tree, printable
 from vistok.data.formats import image_extensions
-from vistok.data.imagefiles import TreeFiles
+from vistok.data.imagefiles import SHOWN, TreeFiles
 from vistok.data.sources import FileSource, hash_lines
 from vistok.data.tar import UNCONDITIONAL
 
@@ -20,6 +21,10 @@ log = logging.getLogger(__name__)
 
 LIKE_SPLITS = re.compile(r"(?i)(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|held.?out)(?![a-z])")
 """Names of folders that are probably splits."""
+
+
+UNSEEN = ("Cf", "Zs")
+"""Unicode's categories of invisible signs and of spaces."""
 
 
 def accepted_layouts() -> str:
@@ -163,6 +168,7 @@ def _label(files: Sequence[str], prefix: str, tree: FileTree) -> tuple[tuple[str
         )
     _warn_of_a_single_class(files, prefix, tree)
     _warn_of_splits_as_classes(classes, tree)
+    _warn_of_classes_that_look_alike(classes, tree)
     labels = {name: label for label, name in enumerate(classes)}
     return classes, [labels[folder] for folder in folders]
 
@@ -175,6 +181,23 @@ def _warn_of_splits_as_classes(classes: Sequence[str], tree: FileTree) -> None:
             tree.root,
             ", ".join(classes),
             ", ".join(SPLITS),
+        )
+
+
+def _warn_of_classes_that_look_alike(classes: Sequence[str], tree: FileTree) -> None:
+    """Warn of classes whose names differ only in case, spaces, invisible signs or the form of their accents, as copies
+    from other systems do."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        seen = unicodedata.normalize("NFKC", name).casefold()
+        alike.setdefault("".join(sign for sign in seen if unicodedata.category(sign) not in UNSEEN), []).append(name)
+    groups = [names for names in alike.values() if len(names) > 1]
+    if groups:
+        log.warning(
+            "%s: folders whose names look alike are classes of their own: %s; rename or merge them if they are one",
+            tree.root,
+            "; ".join(", ".join(map(ascii, names)) for names in groups[:SHOWN])
+            + ("; …" if len(groups) > SHOWN else ""),
         )
 
 

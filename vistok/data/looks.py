@@ -42,11 +42,13 @@ def thumbnails(source: ImageSource | ClipSource, indices: Iterable[int]) -> dict
 
 
 def lookalikes(looked: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> dict[int, int]:
-    """The index of the most similar one of ``others`` for each of ``looked``; those that resemble none are left out."""
+    """The index of the most similar one of ``others``, as it is or mirrored, for each of ``looked``; those that
+    resemble none are left out."""
     keys, rows = list(others), np.array(list(others.values()))
     found = {}
     for index, values in looked.items() if keys else ():
-        differences = np.abs(rows - values).mean(1)
+        mirrored = values.reshape(-1, SIDE, SIDE)[..., ::-1].ravel()
+        differences = np.minimum(*(np.abs(rows - view).mean(1) for view in (values, mirrored)))
         nearest = int(differences.argmin())
         if differences[nearest] <= MOST_DIFFERENCE:
             found[index] = keys[nearest]

@@ -25,6 +25,11 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
     """
     if not isinstance(masks, Tensor):
         pictures = [masks] if isinstance(masks, Image.Image) else masks
+        if not isinstance(pictures, list | tuple) or not all(isinstance(each, Image.Image) for each in pictures):
+            raise ValueError(
+                f"masks must be PIL images or a bool tensor, got {type(pictures).__name__}; torch.from_numpy makes a "
+                "tensor of an array"
+            )
         masks = from_pil(pictures, size, channels=1, background=0)[:, 0] > 0  # transparent parts are not marked
     if masks.dtype != torch.bool:
         raise ValueError(f"a mask tensor must be bool, True where the image is generated anew; got {masks.dtype}")

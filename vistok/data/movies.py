@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.data.clips import ClipTransform
+from vistok.data.decoding import ImageDecoder
 from vistok.data.pictures import comparison, grid, to_pil, to_uint8
 from vistok.data.videos import require_pyav
 from vistok.utils.files import atomic_file
@@ -139,11 +140,12 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
     """Frames as clips (B, channels, T, size, size) in [-1, 1].
 
     Args:
-        frames: uint8 (T, H, W, C) or (B, T, H, W, C), or the PIL images of one clip: these are resized and cropped in
-            the centre. Float clips (B, C, T, H, W) in [-1, 1] are returned as they are.
+        frames: uint8 (T, H, W, C) or (B, T, H, W, C), or the PIL images of one clip, read like photos (see
+            ``ImageDecoder``): these are resized and cropped in the centre. Float clips (B, C, T, H, W) in [-1, 1] are
+            returned as they are.
 
     Raises:
-        ValueError: another shape or type.
+        ValueError: another shape or type, or images whose white is not known.
     """
     if isinstance(frames, Tensor) and frames.is_floating_point():
         if frames.ndim != 5:
@@ -154,10 +156,11 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
         if others or not frames:
             what = f"{others[0]} in it" if others else "an empty one"
             raise ValueError(f"a list of frames holds the images of one clip, got {what}; stack arrays of frames")
+        frames = [ImageDecoder(3).convert(image) for image in frames]
         sizes = sorted({image.size for image in frames})
         if len(sizes) > 1:
             raise ValueError(f"frames of one clip are of one size, got (width, height) {sizes}")
-        frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
+        frames = np.stack([np.asarray(image) for image in frames])
     array = np.asarray(frames)
     array = array[None] if array.ndim == 4 else array
     if array.ndim != 5 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3) or 0 in array.shape:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vistok.data.decoding import DECODING_ERRORS, ImageDecoder, open_image
+from vistok.data.formats import image_extensions
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -77,6 +78,8 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
     height, width = size
     if height != width:
         raise ValueError(f"images are cropped to squares, but {height}x{width} was asked for; pass pixels instead")
+    if not isinstance(images, Sequence):
+        raise ValueError(f"images must be a list of PIL images, got {type(images).__name__}")
     if not len(images):
         raise ValueError("there are no images")
     for image in images:
@@ -107,7 +110,7 @@ def open_picture(path: str | Path, decoder: ImageDecoder | None = None) -> Image
                 image.load()
                 return image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read; expected PNG, JPEG, WebP, …") from error
+        raise ValueError(f"{path}: {error}; expected {' '.join(image_extensions())}") from error
     except DECODING_ERRORS as error:
         raise ValueError(f"{path} is damaged or cannot be decoded: {error}") from error
 

@@ -22,10 +22,14 @@ from vistok.draws import Keys
 
 Crop = Literal["center", "random", "random_resized", "resize"]
 
+EXTREME = 32
+"""Of images whose long side is more than this many times the short one, a part is cut out before they are resized:
+256 x 15,360,000 pixels, which an image of 1 x 60,000 becomes, would fill all memory."""
+
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop to (size, size) (Dhariwal & Nichol 2021), the preprocessing of most ImageNet scores."""
-    image = _shrink_adm(image, size)
+    image = _shrink_adm(_cut_out(image), size)
     return _crop(image, size, left=(image.width - size) // 2, top=(image.height - size) // 2)
 
 
@@ -35,7 +39,7 @@ def random_resized_crop(image: Image.Image, size: int, uniforms: Sequence[float]
     ``uniforms`` are three numbers in [0, 1): for the short side, the left and the top edge.
     """
     zoom, *position = uniforms
-    image = _shrink_adm(image, size + int(zoom * (math.ceil(size / 0.8) - size + 1)))
+    image = _shrink_adm(_cut_out(image, position), size + int(zoom * (math.ceil(size / 0.8) - size + 1)))
     return _crop_at(image, size, position)
 
 
@@ -44,6 +48,7 @@ def random_crop(image: Image.Image, size: int, uniforms: Sequence[float]) -> Ima
 
     ``uniforms`` are two numbers in [0, 1): for the left and the top edge.
     """
+    image = _cut_out(image, uniforms)
     (width, height), short = image.size, min(image.size)
     image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
     return _crop_at(image, size, uniforms)
@@ -159,6 +164,22 @@ class ImageTransform:
         if self.affine is not None:
             pixels = random_affine(pixels, self.affine, keys.uniform("affine", 4))
         return pixels
+
+
+def crop_source(size: tuple[int, int], position: Sequence[float] = (0.5, 0.5)) -> tuple[int, int, int, int]:
+    """The part (left, top, right, bottom) of an image of ``size`` (W, H) that a square crop is taken from: all of it,
+    but for extreme shapes (see ``EXTREME``).
+
+    ``position`` are two numbers in [0, 1) for the left and the top edge, which then position the crop in that part.
+    """
+    kept = [min(side, EXTREME * min(size)) for side in size]
+    left, top = (int(u * (side - length + 1)) for u, side, length in zip(position, size, kept, strict=True))
+    return left, top, left + kept[0], top + kept[1]
+
+
+def _cut_out(image: Image.Image, position: Sequence[float] = (0.5, 0.5)) -> Image.Image:
+    box = crop_source(image.size, position)
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def _shrink_adm(image: Image.Image, size: int) -> Image.Image:

@@ -310,8 +310,8 @@ def common_size(sizes: Iterable[tuple[str, tuple[int, int]]]) -> tuple[int, int]
         if size != first[1]:
             raise ImageError(
                 f"images of mixed sizes: {first[0]} is {first[1][0]}x{first[1][1]} (height x width), {name} is "
-                f"{size[0]}x{size[1]}; bring all to one size first, because a resize changes the score (crop=SIZE, on "
-                "the command line --crop SIZE, is the centre crop of the ImageNet papers)"
+                f"{size[0]}x{size[1]}; bring all to one size first, because a resize changes the score (for a "
+                "reference, crop=SIZE, on the command line --crop SIZE, is the centre crop of the ImageNet papers)"
             )
     if first is None:
         raise ImageError("there are no images")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, ClassVar, Protocol
 
@@ -420,12 +420,27 @@ def check_single_ids(spec: TokenSpec, model: str) -> TokenSpec:
     return spec
 
 
-def check_draws(draws: Draws | None, *temperatures: float) -> None:
-    """Raise ValueError if there are no draws although a temperature is above 0, so that sampling is random."""
-    if draws is None and any(temperature > 0 for temperature in temperatures):
+def check_draws(draws: Draws | None, rows: int, *temperatures: float, names: Sequence[str] = ()) -> None:
+    """Raise ValueError unless the draws fit a batch.
+
+    Args:
+        rows: samples of the batch. An "order" is left to ``check_orders``.
+        temperatures: draws may be absent if all of them are 0.
+        names: draws that are needed at a temperature above 0.
+    """
+    is_random = any(temperature > 0 for temperature in temperatures)
+    if draws is None and is_random:
         raise ValueError(
             "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
         )
+    lacking = [name for name in names if is_random and name not in (draws or {})]
+    if lacking:
+        raise ValueError(f"there are no draws {lacking[0]!r}: pass sampling_draws(Keys.range(seed, B), options)")
+    for name, values in (draws or {}).items():
+        if name != "order" and len(values) != rows:
+            raise ValueError(
+                f"the draws {name!r} are of {len(values)} samples, but there are {rows}: make them with as many keys"
+            )
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

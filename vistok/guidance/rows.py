@@ -109,8 +109,11 @@ def classifier_free(
         interval: (start, stop), the steps that are guided; None is all.
 
     Raises:
-        ValueError: a scale that is negative or not finite, a pair with a schedule that is not linear, or as ``named``.
+        ValueError: a scale that is negative or not finite, a pair with a schedule that is not linear, an interval that
+            ends before it starts, or as ``named``.
     """
+    if interval is not None and not 0 <= interval[0] <= interval[1]:
+        raise ValueError(f"guidance_interval is (start, stop), with 0 <= start <= stop; got {tuple(interval)}")
     if callable(scale):
         chosen = scale
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex, cast
 
@@ -15,7 +17,8 @@ ClassLabel = SupportsIndex | str
 class ClassNames:
     """The classes of a generator, which users give by id or by name.
 
-    Names are compared without regard to case. ImageNet's names list synonyms ("tench, Tinca tinca"); each synonym is a
+    Names are compared without regard to case and to the form of accents (NFC, or macOS's NFD), unless that leaves
+    several. ImageNet's names list synonyms ("tench, Tinca tinca"); each synonym is a
     name of the class. A string of digits that is no name is an id, as on the command line.
 
     Args:
@@ -33,7 +36,7 @@ class ClassNames:
         self._ids: dict[str, list[int]] = {}
         for index, name in enumerate(self.names):
             for synonym in dict.fromkeys((name, *name.split(","))):
-                self._ids.setdefault(synonym.strip().lower(), []).append(index)
+                self._ids.setdefault(_compared(synonym), []).append(index)
 
     def resolve(self, labels: ClassLabel | Iterable[ClassLabel]) -> list[int]:
         """Ids of one class or several.
@@ -57,13 +60,15 @@ class ClassNames:
         return self._check_range(index)
 
     def _id_of_name(self, name: str) -> int:
-        ids = list(dict.fromkeys(self._ids.get(name.lower(), ())))
+        ids = list(dict.fromkeys(self._ids.get(_compared(name), ())))
+        if len(ids) > 1 and self.names.count(name) == 1:
+            return self.names.index(name)
         if len(ids) == 1:
             return ids[0]
         if ids:
             meant = "; ".join(f"{index}: {self.names[index]}" for index in ids)
             raise ValueError(f"class {name!r} is ambiguous; give its id ({meant})")
-        if name.lstrip("-").isdigit():
+        if re.fullmatch(r"-?[0-9]{1,18}", name):
             return self._check_range(int(name))
         hint = suggestion(name, list(self._ids)) or "."
         raise ValueError(f"unknown class {name!r}{hint} {self._known()}")
@@ -81,3 +86,7 @@ class ClassNames:
             f"There are {self.count} classes ({shown}), ids 0..{self.count - 1}; all are listed in "
             "pipe.class_names and in the pipeline's pipeline.json."
         )
+
+
+def _compared(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().lower()

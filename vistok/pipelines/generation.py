@@ -426,8 +426,13 @@ class Pipeline:
         return Condition.from_given(self.tokenizer.encode(self.to_tokenizer(clips)).cpu())
 
     def _pixels(self, images: Images) -> Tensor:
-        """Pixels (B, C, H, W) of PIL images; a tensor is returned as it is."""
-        return images if isinstance(images, Tensor) else self.tokenizer.preprocess(images).float().cpu()
+        """Pixels (B, C, H, W) of PIL images; a tensor is returned as it is. Raises ValueError if there are none."""
+        if not isinstance(images, Tensor):
+            return self.tokenizer.preprocess(images).float().cpu()
+        if images.ndim != len(self.tokenizer.input_shape) + 1 or not len(images):
+            shape = ", ".join(map(str, self.tokenizer.input_shape))
+            raise ValueError(f"images must be pixels (B, {shape}) with B > 0, or PIL images; got {tuple(images.shape)}")
+        return images
 
     def to_tokenizer(self, values: Tensor) -> Tensor:
         """Move pixels, latents or ids to the tokenizer's device, which may differ from the generator's; floats also to

@@ -57,8 +57,11 @@ class Request:
             raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
         if self.seed is not None and self.generator is not None:
             raise ValueError("give either seed or generator, not both")
-        for name in ("seed", "num_images", "num_images_per_label", "num_images_per_prompt"):
+        for name in ("num_images_per_label", "num_images_per_prompt"):
             check_whole(name, getattr(self, name))
+        for name, value in (("seed", self.seed), ("num_images", self.num_images)):
+            if value is not None:
+                check_whole(name, value)
         check_whole("index_start", self.index_start, least=0)
 
     @property
@@ -115,17 +118,19 @@ class Conditions:
                 f"given); for this pipeline, {self._usual()} is the usual one"
             )
         per = "prompt" if request.num_images_per_prompt != 1 else "label"
-        names = (f"num_images_per_{per}", "num_images")
-        for name, value in zip(names, (request.copies, request.num_images), strict=True):
-            check_whole(name, value, least=1)
+        check_whole(f"num_images_per_{per}", request.copies, least=1)
+        if request.num_images is not None:
+            check_whole("num_images", request.num_images, least=1)
         if request.negative_prompt is not None and request.prompt is None:
             raise ValueError("negative_prompt goes with prompt=…")
         if request.num_images is not None:
             return Condition.none(request.num_images)
         condition = self._named(request) if request.condition is None else request.condition
         if not len(condition):
-            what = "classes" if request.prompt is None else "prompts"
-            raise ValueError(f"there is nothing to generate: the list of {what} is empty")
+            what = "list of classes" if request.prompt is None else "list of prompts"
+            raise ValueError(
+                f"there is nothing to generate: the {what if request.condition is None else 'condition'} is empty"
+            )
         return condition[torch.arange(len(condition)).repeat_interleave(request.copies)]
 
     def of_images(self, request: Request, count: int) -> Condition:

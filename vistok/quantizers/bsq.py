@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
-from vistok.types import QuantizerOutput
+from vistok.types import QuantizerOutput, check_growth
 from vistok.utils.devices import without_autocast
 
 Grid3 = tuple[int, int, int]
@@ -63,7 +63,8 @@ def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
     """Grids, given as (height, width) or (time, height, width), as (time, height, width).
 
     Raises:
-        ValueError: no grids, or sides that are not whole numbers of at least 1.
+        ValueError: no grids, sides that are not whole numbers of at least 1, or grids that are not ordered from small
+            to large.
     """
     given = scales if isinstance(scales, list | tuple) and all(isinstance(s, list | tuple) for s in scales) else ()
     sides = [(1, *scale) if len(scale) == 2 else tuple(scale) for scale in given]
@@ -71,7 +72,7 @@ def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
         raise ValueError(
             f"scales must be (height, width) or (time, height, width), whole numbers of at least 1, got {scales!r}"
         )
-    return tuple((t, h, w) for t, h, w in sides)
+    return check_growth(tuple((t, h, w) for t, h, w in sides))
 
 
 class MultiScaleBSQ(nn.Module):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vistok.draws import Draws
 from vistok.nn.containers import ModuleList
 from vistok.quantizers.vq import VectorQuantizer
-from vistok.types import Expander, QuantizerOutput
+from vistok.types import Expander, QuantizerOutput, check_growth
 from vistok.utils.devices import without_autocast
 
 Grid = tuple[int, int]
@@ -34,13 +34,14 @@ def as_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
     """Scales, given as sides of squares or as (height, width), as (height, width) grids.
 
     Raises:
-        ValueError: no scales, or sides that are not whole numbers of at least 1.
+        ValueError: no scales, sides that are not whole numbers of at least 1, or scales that are not ordered from small
+            to large.
     """
     given = scales if isinstance(scales, list | tuple) else ()
     sides = [tuple(scale) if isinstance(scale, list | tuple) else (scale, scale) for scale in given]
     if not sides or any(len(grid) != 2 or not all(type(side) is int and side >= 1 for side in grid) for grid in sides):
         raise ValueError(f"scales must be sides or (height, width) pairs, whole numbers of at least 1, got {scales!r}")
-    return tuple((height, width) for height, width in sides)
+    return check_growth(tuple((height, width) for height, width in sides))
 
 
 def refiner_of_scales(num_scales: int, num_refiners: int) -> tuple[int, ...]:

@@ -47,6 +47,8 @@ def build_quantizer(config: Mapping[str, Any], dim: int | None) -> Any:
     Raises:
         ValueError: an unknown name, arguments that the class does not take, or another number of channels.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"quantizer must be a name and arguments, such as {{'name': 'lfq'}}; got {config!r}")
     arguments = dict(config)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in QUANTIZERS:

@@ -407,7 +407,7 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
     kind, _, argument = name.partition(":")
     if kind == "ten_crop":
         return replace(FIXED_VIEWS[kind], margin=_margin(name, argument))
-    if kind == "random" and argument.isdigit() and int(argument) > 0:
+    if kind == "random" and argument.isdecimal() and int(argument) > 0:
         return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def check_whole(name: str, value: Any, *, least: int | None = None) -> None:
-    """Raise ValueError unless ``value``, of the argument ``name``, is None or an integer of at least ``least``."""
+    """Raise ValueError unless ``value``, of the argument ``name``, is an integer of at least ``least``."""
     try:
-        number = None if value is None else operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
-    if number is not None and least is not None and number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -80,7 +80,8 @@ def gradients(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("infinity/quantizer", "self_correct")
 def self_correct(case: Case, step: Step) -> dict[str, Tensor]:
     quantizer, args = _quantizer(case, step), step.args
-    strengths, count = torch.zeros(len(quantizer.scales)), args["noise_layers"]
+    strengths = torch.zeros(len(quantizer.scales))
+    count = min(max(args["noise_layers"], 0), len(strengths))
     given = torch.tensor(args["strengths_percent"], dtype=torch.float64)[:count] * 0.01
     strengths[: len(given)] = given.float()
     found = quantizer.self_correct(

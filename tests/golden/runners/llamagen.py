@@ -95,11 +95,12 @@ def logits(case: Case, step: Step) -> dict[str, Tensor]:
 @torch.no_grad()
 def loss(case: Case, step: Step) -> dict[str, Tensor]:
     model = case.build_model().train(step.args.get("train", False))
-    condition = _condition(step, 1)
-    if step.has("drop_u"):
-        condition = condition.drop(step.tensor("drop_u", 0) < step.args["class_dropout_prob"])
+    condition, first = _condition(step, 1), 3 if step.has("caption") else 2
+    draws = [name for name in step.inputs[first:] if name != "valid"]
+    if draws:
+        condition = condition.drop(step.tensor(*draws, first) < step.args["class_dropout_prob"])
     weights = step.tensor("valid", 0) if step.has("valid") else None
-    return step.answers(model(step.tensor("ids", 0), condition, weights=weights).loss)
+    return step.answers(model(step.tensor("ids", 0).long(), condition, weights=weights).loss)
 
 
 @runner("llamagen/gpt", "caption_embed")

@@ -22,14 +22,14 @@ def _draws(step: Step, ids: Tensor) -> Draws:
 @runner("lpd/generator", "logits")
 @torch.no_grad()
 def logits(case: Case, step: Step) -> dict[str, Tensor]:
-    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0)
-    condition, draws = conditioned(step, "label_drop_prob", model.condition_dropout), _draws(step, ids)
+    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0).long()
+    condition, draws = conditioned(step, "label_drop_prob", model), _draws(step, ids)
     return step.answers(model.logits(ids, condition, draws["order"], groups=draws["groups"]))
 
 
 def _loss(case: Case, step: Step) -> Tensor:
-    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0)
-    condition = conditioned(step, "label_drop_prob", model.condition_dropout)
+    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0).long()
+    condition = conditioned(step, "label_drop_prob", model)
     return model(ids, condition, draws=_draws(step, ids)).loss
 
 
@@ -47,7 +47,7 @@ def gradients(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("lpd/generator", "generate")
 @torch.no_grad()
 def generate(case: Case, step: Step) -> dict[str, Tensor]:
-    return guided_samples(case.build_model().eval(), step, {"order": "random", **step.args}, rising="linear_per_token")
+    return guided_samples(case.build_model().eval(), step, step.args, rising="linear_per_token")
 
 
 @runner("lpd/generator", "locality_order")

@@ -23,14 +23,14 @@ def instruction_tokens(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("randar/gpt", "logits")
 @torch.no_grad()
 def logits(case: Case, step: Step) -> dict[str, Tensor]:
-    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0)
-    condition = conditioned(step, "class_dropout_prob", model.condition_dropout)
+    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0).long()
+    condition = conditioned(step, "class_dropout_prob", model)
     return step.answers(model.logits(ids, condition, orders(step, ids)))
 
 
 def _loss(case: Case, step: Step) -> Tensor:
-    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0)
-    condition = conditioned(step, "class_dropout_prob", model.condition_dropout)
+    model, ids = case.build_model().train(step.args.get("train", False)), step.tensor("ids", 0).long()
+    condition = conditioned(step, "class_dropout_prob", model)
     return model(ids, condition, draws={"order": orders(step, ids)}).loss
 
 

@@ -16,7 +16,7 @@ from vistok.generators.var import VAR, VAROptions
 from vistok.generators.var.model import stage_warmth
 from vistok.generators.var.official import our_names
 from vistok.generators.var.smooth import GUMBEL
-from vistok.quantizers.multiscale import as_grids
+from vistok.quantizers.multiscale import ScaleExpander, as_grids
 from vistok.tokenizers.var_vq import VARVQ
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.optim import build_optimizer, decay_factor, lr_factor
@@ -24,6 +24,7 @@ from vistok.types import Condition
 
 from ..decoding import refuse
 from ..harness import Case, GoldenFailure, Step, runner
+from .var_tokenizer import with_scales
 
 CONFIG = Path(__file__).parents[3] / "vistok" / "train" / "configs" / "imagenet256" / "var_d16.yaml"
 
@@ -57,26 +58,35 @@ def _condition(step: Step, labels: Tensor, drop_u: Tensor | None, num_classes: i
 
 def _given(case: Case, step: Step, row: int | None = None) -> tuple[Tensor, Condition]:
     """ids, and the condition; of one batch of several."""
-    ids, labels = step.tensor("ids", 0), step.tensor("label", 1)
+    ids, labels = step.tensor("ids", 0).long(), step.tensor("label", 1)
     drop_u = step.tensor("drop_u", 2) if len(step.inputs) > 2 else None
     if row is not None:
         ids, labels, drop_u = ids[row], labels[row], None if drop_u is None else drop_u[row]
     return ids, _condition(step, labels, drop_u, case.config.get("num_classes", 1000))
 
 
+def _of_scales(case: Case, step: Step) -> VAR:
+    """The case's model, or a small one if the step has another schedule of scales."""
+    model, scales = _model(case, step), as_grids(step.args.get("patch_nums", case.config["patch_nums"]))
+    if scales == model.spec.scales:
+        return model
+    spec = {"length": sum(h * w for h, w in scales), "codebook_size": 4, "dim": 2, "scales": scales}
+    return VAR(spec, dim=4, num_layers=1, num_heads=1)
+
+
 @runner("var/gpt", "mask")
 def mask(case: Case, step: Step) -> dict[str, Tensor]:
-    model = _model(case, step)
-    scales = as_grids(step.args.get("patch_nums", case.config["patch_nums"]))
-    if scales != model.spec.scales:
-        raise GoldenFailure(f"{step.id}: the model has the scales {model.spec.scales}")
+    model = _of_scales(case, step)
     return step.answers(model.attention_mask(Condition.none(1), 0, model.spec.length)[0, 0].to(torch.uint8))
 
 
 @runner("var/gpt", "var_input")
 @torch.no_grad()
 def var_input(case: Case, step: Step) -> dict[str, Tensor]:
-    return step.answers(_tokenizer(case).expander().expand(step.tensor("ids", 0)))
+    quantizer = with_scales(
+        _tokenizer(case).quantizer, as_grids(step.args.get("patch_nums", case.config["patch_nums"]))
+    )
+    return step.answers(ScaleExpander(quantizer).expand(step.tensor("ids", 0).long()))
 
 
 @runner("var/gpt", "logits")
@@ -140,8 +150,8 @@ def _options(step: Step, **more) -> VAROptions:
     refuse(step, guidance_schedule="linear_scales", draw="inverse_cdf")
     return VAROptions(
         temperature=0.0 if args.get("greedy", False) else args.get("temperature", 1.0),
-        top_k=args.get("top_k", 0),
-        top_p=args.get("top_p", 0.0) or 1.0,
+        top_k=args.get("top_k") or 0,
+        top_p=args.get("top_p") or 1.0,
         guidance_scale=1 + args["guidance_scale"],
         guidance_schedule="linear",
         **more,
@@ -239,8 +249,8 @@ def filter_probs(case: Case, step: Step) -> dict[str, Tensor]:
     kept = filter_logits(
         step.tensor("raw_logits", 0),
         temperature=args.get("temperature", 1.0),
-        top_k=args.get("top_k", 0),
-        top_p=args.get("top_p", 0.0) or 1.0,
+        top_k=args.get("top_k") or 0,
+        top_p=args.get("top_p") or 1.0,
     )
     return step.answers(kept.softmax(-1)[:, -1])
 
@@ -280,11 +290,7 @@ def schedule(case: Case, step: Step) -> dict[str, Tensor]:
 
 @runner("var/gpt", "progressive_stage")
 def progressive_stage(case: Case, step: Step) -> dict[str, Tensor]:
-    args, model = step.args, _model(case, step)
-    scales = as_grids(args.get("patch_nums", case.config["patch_nums"]))
-    if scales != model.spec.scales:
-        spec = {"length": sum(h * w for h, w in scales), "codebook_size": 4, "dim": 2, "scales": scales}
-        model = VAR(spec, dim=4, num_layers=1, num_heads=1)
+    args, model = step.args, _of_scales(case, step)
     model.progressive_share, model.progressive_from = args["fraction"], args["first_stage"]
     model.progressive_after = args["warmup_steps"]
     return step.answers(torch.tensor([model.stage_at(i, args["total_steps"]) for i in range(args["total_steps"])]))

@@ -198,7 +198,7 @@ def quantizer_gradients(case: Case, step: Step) -> dict[str, Tensor]:
 
 def _clamped(step: Step, pixels: Tensor) -> Tensor:
     clamp = step.args.get("clamp")
-    return pixels.clamp(*clamp) if clamp else pixels
+    return pixels.clamp(*((-1, 1) if clamp is True else clamp)) if clamp else pixels
 
 
 @runner("var/tokenizer", "decode")

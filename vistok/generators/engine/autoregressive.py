@@ -274,7 +274,7 @@ class AutoregressiveGenerator(Generator):
     ) -> AutoregressiveSession:
         options = options or self.options_type()
         self.check_start(condition, options.guidance, tokenizer)
-        check_draws(draws, *(options.of_part(part).temperature for part in range(self.num_parts)))
+        check_draws(draws, len(condition), *(options.of_part(part).temperature for part in range(self.num_parts)))
         copies, compiled = self.decoding_copies, self.compiled_step
         expander = None if tokenizer is None else tokenizer.expander()
         session = self.session_type(options)

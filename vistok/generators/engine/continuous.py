@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vistok.draws import Draws
-from vistok.generators.base import Generator, Session
+from vistok.generators.base import Generator, Session, check_draws
 from vistok.types import Condition, Expands, TokenSpec
 
 
@@ -37,4 +37,5 @@ class ContinuousGenerator(Generator):
         self.check_start(condition, options.guidance, tokenizer)
         if draws is None:
             raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
+        check_draws(draws, len(condition), 1.0, names=("noise",))  # there is noise at any temperature
         return self.session_type(self, condition, options, draws)

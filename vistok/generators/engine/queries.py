@@ -235,7 +235,7 @@ class QueryGenerator(OrderedGenerator):
         options, length = options or self.options_type(), self.spec.length
         if options.group_sizes is not None:
             raise ValueError("an edit generates as many tokens as it is asked for; give num_steps, not group_sizes")
-        check_draws(draws, options.temperature)
+        check_draws(draws, len(condition), options.temperature)
         edited = tokens.clone()
         for count in kept.sum(1).unique().tolist():  # images with equally many kept tokens have the same steps
             rows = (kept.sum(1) == count).nonzero()[:, 0]

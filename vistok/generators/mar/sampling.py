@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
+from vistok.generators.engine.plan import check_orders
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
@@ -117,7 +118,9 @@ class MARSession:
         self._classes = model.embed_classes(rows.to(weight.device))
         self._noise = draws["noise"].to(weight)
         # The positions, drawn from the end of this order to its start; those from `_left` on are known.
-        self._order = draws["order"].to(weight.device)
+        if "order" not in draws:
+            raise ValueError("there are no draws 'order': pass sampling_draws(Keys.range(seed, B), options)")
+        self._order = check_orders(draws["order"], model.length, len(condition)).to(weight.device)
         self._left = model.length
         self._grouped = weight.new_zeros(len(condition), model.length, model.token_dim)
 

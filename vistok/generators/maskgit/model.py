@@ -188,7 +188,7 @@ class MaskGIT(Generator):
     ) -> MaskGITSession:
         options = options or MaskGITOptions()
         self.check_start(condition, options.guidance, tokenizer)
-        check_draws(draws, options.temperature)
+        check_draws(draws, len(condition), options.temperature, names=("ids", "confidence"))
         return MaskGITSession(self, condition, options, draws)
 
     def edit(
