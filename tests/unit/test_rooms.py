@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import vistok
@@ -82,6 +83,7 @@ def words(file: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, " ".join(alias.name for alias in names)
 
 
+@cache
 def named_in(text: str) -> set[str]:
     """The systems that a text names, in upper or lower case."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text)
