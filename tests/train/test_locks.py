@@ -60,7 +60,7 @@ def test_a_second_training_on_the_command_line(tmp_path: Path):
     command = [sys.executable, "-m", "vistok", "train", str(tmp_path / "x.yaml")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert first_line(first, "step 1/")
-    first.send_signal(signal.SIGSTOP)  # a process that waits holds its lock, too, and leaves the processor to the others
+    first.send_signal(signal.SIGSTOP)  # it holds its lock, and leaves the processor to the others
     for extra in ([], ["--resume"]):
         second = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=SECONDS)
         assert second.returncode == 2

@@ -56,7 +56,7 @@ def test_missing_and_misshapen_keys_are_named(listed):
     (key, shape), (absent, _) = [item for item in listed["state"].items() if item[0] not in listed["buffers"]][:2]
     wrong = listed["state"] | {key: [size + 1 for size in shape]}
     del wrong[absent]
-    with pytest.raises(CheckpointError, match="(?s)1 missing.*1 of another shape"):
+    with pytest.raises(CheckpointError, match=r"(?s)1 missing.*1 of another shape"):
         build(listed, on_meta(wrong))
 
 
