@@ -2,7 +2,7 @@
 
     python benchmarks/digits.py --out runs/digits
     python benchmarks/digits.py --out runs/digits --only llamagen_vq llama
-    python benchmarks/digits.py --out runs/digits --only seed_contrast seed --minilm minilm/
+    python benchmarks/digits.py --out runs/digits --only seed_contrast seed ta_titok --minilm minilm/
 
 Tokenizers come first. A generator reads the tokens of the tokenizer that the first lines of its config name. A run
 that is in the folder already is not trained again; ``OUT/digits-NAME/report.html`` shows its curve and its samples.
@@ -32,7 +32,7 @@ def main() -> None:
     use_threads(arguments.threads)
     figures: dict[str, Any] = {name: getattr(arguments, name) for name in ("num", "threads")}
     for name in sorted(arguments.only, key=lambda name: (is_generator(name), name != "seed_contrast", name)):
-        if name.startswith("seed") and arguments.minilm is None:
+        if "minilm/" in text(name) and arguments.minilm is None:
             say(f"{name:16} is left out: name a text encoder with --minilm")
             continue
         run, seconds = trained(name, arguments)
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=names, choices=names, help="configs")
     parser.add_argument("--num", type=int, default=500, help="samples that are scored")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minilm", help="folder of an unpacked MiniLM, which seed_contrast and seed need")
+    parser.add_argument("--minilm", help="folder of an unpacked MiniLM, for the recipes that read names")
     return parser.parse_args()
 
 
@@ -75,6 +75,8 @@ def trained(name: str, arguments: argparse.Namespace) -> tuple[Path, float]:
             changes.append(f"tokens={tokens(name, arguments.out)}")
         if name == "seed_contrast":
             changes.append(f"losses.text_contrast.encoder={arguments.minilm}")
+        if name == "ta_titok":
+            changes.append(f"text.encoder={arguments.minilm}")
         if name == "seed":
             changes.append(f"init_from.path={arguments.out / 'digits-seed-contrast'}")
         shutil.rmtree(run, ignore_errors=True)  # what was interrupted begins anew
@@ -105,12 +107,14 @@ def reconstructions(run: Path) -> dict[str, float]:
     from vistok.eval.tokenizers import evaluate_tokenizer
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
+    from vistok.pipelines.texts import conditions_of, text_of_run
 
     tokenizer = load_tokenizer(run).eval()
     if tokenizer.embeds and "image" not in tokenizer.loss_terms:
         return {}  # the first stage of SEED decodes to nothing yet
     data = data_of_run(run, ["data.split=test"], input_shape=tokenizer.input_shape)
-    scores = evaluate_tokenizer(tokenizer, data)["scores"]
+    conditions = conditions_of(text_of_run(run, tokenizer), tokenizer, data)
+    scores = evaluate_tokenizer(tokenizer, data, conditions=conditions)["scores"]
     return {key: value for key, value in scores.items() if isinstance(value, float)}
 
 

@@ -103,6 +103,17 @@ def test_long_texts_are_cut_and_counted_or_refused(cache, text, tmp_path):
         tokenize(tiny_tokenizer(), DIGITS, tmp_path / "tokens", text=text, refuse_long_texts=True)
 
 
+def test_equal_texts_are_encoded_once(text, monkeypatch):
+    seen: list[str] = []
+    for encoder in text._encoders.values():
+        given = encoder.encode
+        monkeypatch.setattr(encoder, "encode", lambda texts, given=given: [seen.extend(texts), given(texts)][1])
+    condition = text.condition(["a two", None, "a one", "a two"])
+    assert seen == ["a two", "a one"] * 2  # by each of the two encoders
+    assert condition.features[0].equal(condition.features[3]) and condition.ids[0].equal(condition.ids[3])
+    assert not condition.features[0].equal(condition.features[2]) and condition.parts["ids"].dropped.tolist() == [0, 1, 0, 0]
+
+
 def test_class_names_can_be_texts(text, tmp_path):
     named = DataConfig(16, source="digits", channels=1, limit=10, captions="class_names")
     cache = tokenize(tiny_tokenizer(), named, tmp_path / "tokens", text=text)

@@ -127,7 +127,7 @@ class PromptEncoder:
         return ConditionSpec(**parts)
 
     def encode(self, texts: Sequence[str], *, refuse_long: bool = False) -> dict[str, list[Piece]]:
-        """The sequences of all texts, by the part of the condition.
+        """The sequences of all texts, by the part of the condition; equal texts are encoded once.
 
         Args:
             refuse_long: whether a text longer than the encoder's length is an error; else it is cut.
@@ -140,7 +140,11 @@ class PromptEncoder:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise TextError(f"{text!r} is no text: {error.reason} ({error.object[error.start]!r})") from None
-        sequences = {part: self._encoder(part).encode(texts) for part in self.parts}
+        distinct = list(dict.fromkeys(texts))  # names of classes repeat
+        sequences = {}
+        for part in self.parts:
+            found = dict(zip(distinct, self._encoder(part).encode(distinct), strict=True))
+            sequences[part] = [found[text] for text in texts]
         for part, pieces in sequences.items() if refuse_long else ():
             length = self._encoder(part).spec.length
             long = [text for text, piece in zip(texts, pieces, strict=True) if piece.length > length]
