@@ -28,7 +28,7 @@ from vistok.pipelines.generation import PipelineOutput
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
-from vistok.utils.files import write_json
+from vistok.utils.files import check_file_to_write, write_json
 from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
@@ -174,6 +174,7 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
         FileNotFoundError, ValueError: a file is absent or no image.
         UnreadableClipError: a file is no video.
     """
+    check_file_to_write(out)
     tokenizer.check_renders("reconstructing files")
     if len(tokenizer.input_shape) == 4:
         return _reconstruct_videos(tokenizer, files, Path(out))
@@ -243,6 +244,7 @@ def reconstruct_prefixes(
         FileNotFoundError, ValueError: a file is absent or no image, the tokenizer does not decode prefixes, or not
             those of one of the lengths.
     """
+    check_file_to_write(out)
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
     tokenizer.check_renders("reconstructing files")

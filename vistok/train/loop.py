@@ -37,7 +37,7 @@ from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
 from vistok.train.trail import Trail, earliest
 from vistok.types import Clock
-from vistok.utils.files import write_json
+from vistok.utils.files import make_folder, write_json
 from vistok.utils.locks import holds_files, locked
 from vistok.utils.paths import expand
 from vistok.utils.processes import is_first_process
@@ -80,6 +80,8 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
 
 
 def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found, *, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"the run folder {folder} is a file; choose another with output_dir=…")
     if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
@@ -91,7 +93,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
         if resume:
             trainer.resume(config)
         if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
