@@ -29,7 +29,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import check_file_to_write, write_json
-from vistok.utils.numbers import check_whole
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -84,8 +84,8 @@ def write_samples(
         ValueError, ConfigError: as the pipeline does.
     """
     out = Path(out)
-    if num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    check_whole("the number of images", num_images, least=1, most=MOST_IMAGES)
+    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1])
     check_whole("batch_size", batch_size, least=1)
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:

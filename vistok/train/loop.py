@@ -25,7 +25,7 @@ from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.train.checkpoints import Checkpoints, clean
+from vistok.train.checkpoints import Checkpoints, check_alike, check_numbers, clean
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
@@ -177,7 +177,9 @@ class Trainer:
             except ValueError as error:
                 error.add_note(self._ways_out(error, config))
                 raise
-            except (LookupError, TypeError, AttributeError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
                 raise CheckpointError(
                     f"{self.checkpoints.path(state['step'])} holds no whole state of a run ({error!r}). "
                     f"{self.checkpoints.way_round()}"
@@ -476,8 +478,12 @@ class Trainer:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        for part in ("row", "judged_by"):
+            if state.get(part) is not None:
+                check_numbers(state[part], part)
         self.players.load_state_dict(state)
         self.step, self.row = state["step"], state["row"]
+        check_alike(state["loader"], self.task.loader.state_dict(), "loader")
         self.task.loader.load_state_dict(state["loader"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         self.task.load_state_dict(state["task"], first_process=self.accelerator.is_main_process)
