@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import logging
 import math
+import numbers
+import operator
 import os
 import types
 import typing
@@ -279,13 +281,15 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """The annotation without conversions between scalars, at any depth; lists still become tuples."""
-    from pydantic import AllowInfNan, GetPydanticSchema, PlainValidator, Strict
+    from pydantic import AllowInfNan, BeforeValidator, GetPydanticSchema, PlainValidator, Strict
     from pydantic_core.core_schema import is_instance_schema
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is float:  # no config means NaN or infinity
         return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
-    if annotation in (int, bool, str):
+    if annotation is int:  # numbers of NumPy are numbers
+        return typing.Annotated[annotation, BeforeValidator(_python_number), Strict()]
+    if annotation in (bool, str):
         return typing.Annotated[annotation, Strict()]
     if _is_section(annotation):  # mappings are checked by ``check``, for better messages
         return typing.Annotated[Any, GetPydanticSchema(lambda *_: is_instance_schema(annotation))]
@@ -295,6 +299,10 @@ def _strict(annotation: Any) -> Any:
         outer: Any = Union if origin is types.UnionType else origin
         return outer[tuple(map(_strict, arguments))]
     return annotation
+
+
+def _python_number(value: Any) -> Any:
+    return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:

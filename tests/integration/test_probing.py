@@ -69,6 +69,12 @@ def test_a_linear_probe_finds_a_linear_rule_and_no_rule_in_noise():
     assert linear_probe(moved[:300], labels[:300], moved[300:], labels[300:])["accuracy"] == told["accuracy"]
 
 
+@pytest.mark.parametrize("labels", [torch.arange(10), torch.arange(10) // 9, (torch.arange(10) % 5) // 4])
+def test_a_linear_probe_of_few_samples_takes_the_usual_penalty(labels):
+    features = Keys.range(0, 10).normal("x", 6)
+    assert linear_probe(features, labels, features, labels)["penalty"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("features", "labels", "message"),
     [

@@ -111,7 +111,12 @@ def test_equal_texts_are_encoded_once(text, monkeypatch):
     condition = text.condition(["a two", None, "a one", "a two"])
     assert seen == ["a two", "a one"] * 2  # by each of the two encoders
     assert condition.features[0].equal(condition.features[3]) and condition.ids[0].equal(condition.ids[3])
-    assert not condition.features[0].equal(condition.features[2]) and condition.parts["ids"].dropped.tolist() == [0, 1, 0, 0]
+    assert not condition.features[0].equal(condition.features[2]) and condition.parts["ids"].dropped.tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_class_names_can_be_texts(text, tmp_path):

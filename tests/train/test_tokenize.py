@@ -183,7 +183,7 @@ def test_another_size_of_a_convolutional_tokenizer(data, tmp_path):
         ({"image_size": 32}, "none", r"data\.image_size is 32, .*built for 16x16: set data\.image_size=16"),
         ({"channels": 1}, "none", r"reads 3 channels; set data\.channels=3, not 1"),
         ({}, "tencrop", r"unknown augmentation 'tencrop'; did you mean 'ten_crop'\? Known: none, flip"),
-        ({}, "ten_crop:", "must grow by a factor above 1, for example ten_crop:1.05"),
+        ({}, "ten_crop:", "must grow by a factor above 1, at most 4, for example ten_crop:1.05"),
         ({}, "ten_crop:1", "must grow by a factor above 1"),
         ({}, "ten_crop:inf", "must grow by a factor above 1"),
         ({}, "ten_crop:1.05", "a margin of 1.05 adds no pixel to 16"),

@@ -297,6 +297,11 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
         for key in shared
         if own[key].is_floating_point() and not state[key].is_floating_point()
     ]
+    stored = [
+        f"{key} ({'without values' if state[key].is_meta else state[key].layout})"
+        for key in shared
+        if state[key].layout != own[key].layout or (state[key].is_meta and not own[key].is_meta)
+    ]
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     problems = [
         f"{len(names)} {what}: {listing(names)}"
@@ -305,6 +310,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
             ("surplus", state.keys() - own.keys()),
             ("of another shape", wrong),
             ("of another kind", kinds),
+            ("not stored as plain numbers", stored),
             ("with NaN or infinities", [key for key in shared if not _is_sound(state[key], key in parameters)]),
         )
         if names
@@ -315,7 +321,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
 
 def _is_sound(tensor: Tensor, finite: bool) -> bool:
     """Whether a tensor has no NaN and, if ``finite``, no infinity; buffers may be masks with infinities."""
-    if not tensor.is_floating_point() or tensor.is_meta:
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         return True
     if tensor.element_size() == 1:  # float8 has no comparisons
         tensor = tensor.float()

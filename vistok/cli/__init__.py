@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ from vistok.utils.spelling import suggestion
 __all__ = ["app", "main"]
 
 EPILOG = "VISTOK_DEBUG=1 in the environment shows the traceback of an error."
+
+LONGEST_WORD = 1000
+"""Words of messages that are longer, such as a number of thousands of digits, are cut."""
 
 app = typer.Typer(
     name="vistok",
@@ -83,6 +87,7 @@ def _is_for_users(error: Exception) -> bool:
 
 def _message(error: Exception) -> str:
     text, notes = str(error) or type(error).__name__, getattr(error, "__notes__", ())
+    text = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:100]}…{word[0][-100:]}", text)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         advice = notes or ("Nothing was left half-written; free some space and run the command again.",)
         return " ".join((f"{text}.", *advice))

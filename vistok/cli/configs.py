@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
+from vistok.utils.files import make_folder
 
 
 def configs(
@@ -51,6 +52,6 @@ def _copy(found: list[tuple[str, Path]], folder: Path) -> None:
     if present:
         raise FileExistsError(f"{present[0]} exists already; choose another folder with --copy, or remove it first")
     for file, target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         shutil.copyfile(file, target)
         output.print(escape(str(target)))

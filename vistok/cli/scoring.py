@@ -95,10 +95,12 @@ def evaluate(
     """
     from vistok.eval.video_protocols import is_video_protocol
     from vistok.pipelines.runs import holds_generator, holds_tokenizer_only
-    from vistok.utils.files import write_json
+    from vistok.utils.files import check_file_to_write, write_json
     from vistok.utils.processes import Processes
 
     processes = Processes.join()
+    if out is not None:
+        check_file_to_write(out)
     given = {
         "--reference": reference,
         "--protocol": protocol,

@@ -125,9 +125,9 @@ class Folder(FileTree):
             return
         with os.scandir(self.root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir():
+                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                     yield from self._walk(f"{folder}{entry.name}/", (*above, here))
-                elif entry.is_file():
+                elif os.path.isfile(entry) if entry.is_symlink() else entry.is_file():
                     yield folder + entry.name
                 elif not is_hidden(folder + entry.name):
                     reason = "a pipe, a socket or a device" if os.path.exists(entry.path) else "a link to nothing"

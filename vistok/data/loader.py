@@ -177,8 +177,11 @@ class Loader(Generic[B]):
         for key, own in self._identity().items():
             if state[key] != own:
                 raise ValueError(f"cannot resume the data order: {key} was {state[key]!r}, now {own!r}")
+        failures = dict(state["failures"])
+        if not all(isinstance(index, int) and isinstance(reason, str) for index, reason in failures.items()):
+            raise TypeError("the samples that could not be read have no reasons")
         self.epoch, self._start, self._position = state["epoch"], state["position"], 0
-        self._failures = dict(state["failures"])
+        self._failures = failures
 
     def _identity(self) -> dict[str, int]:
         order = self.order

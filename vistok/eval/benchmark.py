@@ -33,7 +33,7 @@ from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
-from vistok.utils.devices import dtype_of
+from vistok.utils.devices import choose_device, dtype_of
 from vistok.utils.files import read_json
 from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import continued
@@ -128,7 +128,7 @@ def benchmark(
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
     check_whole("batch_size", batch_size, least=1)
     real = NO_REFERENCE if reference is None else open_reference(reference, reading=rules.reading)
-    device = torch.device(device or processes.device())
+    device = choose_device(processes.device() if device is None else device)
     net = load_network(rules, weights=weights, features=features, network=network, device=device)
     plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))

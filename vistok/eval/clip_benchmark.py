@@ -28,7 +28,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
-from vistok.utils.numbers import check_whole
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
 from vistok.utils.outputs import continued
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -129,6 +129,8 @@ def benchmark_clips(
             protocol does not give, or as the pipeline and ``choose_clips``.
     """
     check_whole("batch_size", batch_size, least=1)
+    check_whole("num_clips", num_clips, least=2, most=MOST_IMAGES, optional=True)
+    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1])
     sampling, out = dict(sampling or {}), Path(out)
     channels, *shape = pipe.tokenizer.input_shape
     rules = video_protocol(protocol)

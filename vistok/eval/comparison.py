@@ -15,9 +15,10 @@ from vistok.eval.images import ImageSet
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
 from vistok.eval.protocols import ImageProtocol, choose_protocol, load_network
-from vistok.eval.record import describe_side, library_versions, save_result
+from vistok.eval.record import check_result_folder, describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
+from vistok.utils.devices import choose_device
 from vistok.utils.numbers import check_whole
 from vistok.utils.processes import ALONE, Processes
 
@@ -76,6 +77,7 @@ def evaluate(
     rules = choose_protocol(protocol, features, network)
     check_whole("batch_size", batch_size, least=1)
     sample = open_reference(images, reading=rules.reading)
+    check_result_folder(out)
     real = open_reference(reference, crop=crop, reading=rules.reading)
     paired = protocol == "reconstruction"
     if paired:
@@ -86,7 +88,7 @@ def evaluate(
             "take the protocol 'reconstruction' without metrics"
         )
     wanted, skipped = choose_metrics(metrics, rules, sample, real)
-    device = torch.device(device or processes.device())
+    device = choose_device(processes.device() if device is None else device)
     net: FeatureNetwork
     if sample.images is None and real.images is None:
         net = StoredFeatures.of(rules, real)

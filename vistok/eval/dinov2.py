@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.networks import full_precision
 from vistok.eval.resize import Rule, resize
+from vistok.utils.devices import choose_device
 from vistok.utils.files import sha256
 from vistok.utils.imagenet import MEAN, STD
 
@@ -61,7 +62,7 @@ class DINOv2:
         self._network.eval().to(device)
         self.name = f"dinov2-vit-{_SIZES.get((dim, depth), f'{dim}x{depth}')}-{patch}"
         self.weights_sha256 = weights_sha256
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self._mean, self._std = (torch.tensor(values, device=self.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
 
     @classmethod

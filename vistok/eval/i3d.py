@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, load_strictly, read_weights
 from vistok.eval.networks import full_precision
+from vistok.utils.devices import choose_device
 from vistok.utils.files import sha256
 
 I3D = "i3d-kinetics400"
@@ -199,7 +200,7 @@ class I3DNetwork:
     ):
         self.name = I3D if state_dict is not None else I3D_RANDOM
         self.weights_sha256 = weights_sha256
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         if state_dict is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -247,7 +248,7 @@ class TorchScriptI3D:
                 "github.com/universome/fvd-comparison (mirror: hub repository flateon/FVD-I3D-torchscript)"
             )
         self.weights_sha256: str | None = sha256(path)
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         try:
             self.network = torch.jit.load(str(path), map_location=self.device).eval()
         except RuntimeError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.resize import Rule, resize
+from vistok.utils.devices import choose_device
 from vistok.utils.files import sha256
 
 INCEPTION = "inception-v3-compat"
@@ -82,7 +83,7 @@ class InceptionV3Compat:
         self.network.to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         # The extractor's stages run in sequence; its resize is left out, because ``__call__`` resizes. CPUs and GPUs
         # run the convolutions markedly faster in channels_last, with the same float32 results.
         stages = list(self.network.children())

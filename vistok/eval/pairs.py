@@ -16,9 +16,10 @@ from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
 from vistok.eval.protocols import CUSTOM, PROTOCOLS, ImageProtocol
 from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_error
-from vistok.eval.record import describe_images, describe_side, library_versions, save_result
+from vistok.eval.record import check_result_folder, describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
 from vistok.eval.scoring import Side, compute_scores
+from vistok.utils.devices import choose_device
 from vistok.utils.processes import ALONE, Processes
 
 FEWEST_OTHERS, DOUBTFUL = 3, 0.5
@@ -65,7 +66,8 @@ def evaluate_reconstruction(
     Raises:
         ImageError: the sets cannot be read, or do not pair up.
     """
-    device = torch.device(device)
+    check_result_folder(out)
+    device = choose_device(device)
     if isinstance(lpips, torch.nn.Module):
         lpips = lpips.to(device)
     originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)

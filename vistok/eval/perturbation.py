@@ -23,7 +23,7 @@ from vistok.eval.features import FeaturePass, gathered
 from vistok.eval.guards import count_warnings
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
-from vistok.eval.record import describe_images, library_versions, save_result
+from vistok.eval.record import check_result_folder, describe_images, library_versions, save_result
 from vistok.eval.tokenizers import BatchConditions, DataImages, condition_of, to_rgb
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
@@ -99,6 +99,7 @@ def evaluate_perturbation(
     Raises:
         ValueError: the tokenizer has continuous latents or residual codes, or no neighbours of codes.
     """
+    check_result_folder(out)
     _check(tokenizer)
     tokenizer.check_renders("pFID")
     originals = DataImages(data)

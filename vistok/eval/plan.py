@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
 from vistok.types import to_json
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
 
 Labels = Literal["balanced", "random", "none"]
 FORMAT = "vistok-benchmark-1"
@@ -53,10 +54,9 @@ class BenchmarkPlan:
     eval_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_images < 2:
-            raise ValueError(f"the number of images must be at least 2, got {self.num_images}")
-        if self.eval_size is not None and self.eval_size < 1:
-            raise ValueError(f"eval_size must be at least 1 pixel, got {self.eval_size}")
+        check_whole("the number of images", self.num_images, least=2, most=MOST_IMAGES)
+        check_whole("seed", self.seed, least=SEEDS[0], most=SEEDS[1])
+        check_whole("eval_size", self.eval_size, least=1, most=10_000, optional=True)
         if self.labels not in get_args(Labels):
             raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(get_args(Labels))}")
         if self.labels != "none" and not self.num_classes:

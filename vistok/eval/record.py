@@ -14,9 +14,15 @@ from vistok.eval.images import ImageSet
 from vistok.eval.scoring import Side
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
-from vistok.utils.files import write_json
+from vistok.utils.files import check_file_to_write, write_json
 
 RESULT_FILE = "result.json"
+
+
+def check_result_folder(folder: str | Path | None) -> None:
+    """Raise OSError, before anything is computed, if ``save_result`` cannot write there; None is no folder."""
+    if folder is not None:
+        check_file_to_write(Path(folder) / RESULT_FILE)
 
 
 def save_result(result: dict[str, Any], folder: str | Path) -> Path:

@@ -23,7 +23,7 @@ from vistok.eval.features import extract_features
 from vistok.eval.images import ImageError, ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
-from vistok.utils.files import atomic_file
+from vistok.utils.files import atomic_file, check_file_to_write
 from vistok.utils.processes import ALONE, Processes
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -299,6 +299,7 @@ def make_reference(
         raise ValueError(f"a reference is an .npz file; call it {path}.npz in place of {path}")
     if processes.is_first and Path(path).exists():
         raise FileExistsError(f"{path} exists already; choose another file or remove it first")
+    check_file_to_write(path)
     images = open_images(images, crop=crop, reading=reading)
     if images.count < 2:
         raise ImageError(f"a reference stands for at least 2 images, and {images.source} has {images.count}")

@@ -21,7 +21,7 @@ from vistok.eval.batches import NETWORK_BATCH, filled, filled_condition, regroup
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.record import describe_tokenizer, save_result
+from vistok.eval.record import check_result_folder, describe_tokenizer, save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -128,6 +128,7 @@ def evaluate_tokenizer(
         ImageError: an image cannot be read.
         ValueError: the images' size or channels are not the tokenizer's.
     """
+    check_result_folder(out)
     if tokenizer.embeds:
         result = evaluate_embeddings(tokenizer, data)
         if out is not None and processes.is_first:

@@ -13,7 +13,7 @@ from vistok.conditions import PARTS
 from vistok.pipelines.classes import ClassLabel, ClassNames
 from vistok.text import PromptEncoder
 from vistok.types import Condition, ConditionSpec
-from vistok.utils.numbers import check_whole
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
 
 Prompt = str | Sequence[str | None]
 """A text, or several; None among them is unconditional."""
@@ -57,12 +57,11 @@ class Request:
             raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
         if self.seed is not None and self.generator is not None:
             raise ValueError("give either seed or generator, not both")
+        check_whole("seed", self.seed, least=SEEDS[0], most=SEEDS[1], optional=True)
+        check_whole("num_images", self.num_images, most=MOST_IMAGES, optional=True)
         for name in ("num_images_per_label", "num_images_per_prompt"):
-            check_whole(name, getattr(self, name))
-        for name, value in (("seed", self.seed), ("num_images", self.num_images)):
-            if value is not None:
-                check_whole(name, value)
-        check_whole("index_start", self.index_start, least=0)
+            check_whole(name, getattr(self, name), most=MOST_IMAGES)
+        check_whole("index_start", self.index_start, least=0, most=SEEDS[1])
 
     @property
     def copies(self) -> int:
@@ -119,8 +118,7 @@ class Conditions:
             )
         per = "prompt" if request.num_images_per_prompt != 1 else "label"
         check_whole(f"num_images_per_{per}", request.copies, least=1)
-        if request.num_images is not None:
-            check_whole("num_images", request.num_images, least=1)
+        check_whole("num_images", request.num_images, least=1, optional=True)
         if request.negative_prompt is not None and request.prompt is None:
             raise ValueError("negative_prompt goes with prompt=…")
         if request.num_images is not None:

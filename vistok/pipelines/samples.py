@@ -28,8 +28,8 @@ from vistok.pipelines.generation import PipelineOutput
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
-from vistok.utils.files import write_json
-from vistok.utils.numbers import check_whole
+from vistok.utils.files import check_file_to_write, write_json
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -84,8 +84,8 @@ def write_samples(
         ValueError, ConfigError: as the pipeline does.
     """
     out = Path(out)
-    if num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    check_whole("the number of images", num_images, least=1, most=MOST_IMAGES)
+    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1])
     check_whole("batch_size", batch_size, least=1)
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
@@ -174,6 +174,7 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
         FileNotFoundError, ValueError: a file is absent or no image.
         UnreadableClipError: a file is no video.
     """
+    check_file_to_write(out)
     tokenizer.check_renders("reconstructing files")
     if len(tokenizer.input_shape) == 4:
         return _reconstruct_videos(tokenizer, files, Path(out))
@@ -243,6 +244,7 @@ def reconstruct_prefixes(
         FileNotFoundError, ValueError: a file is absent or no image, the tokenizer does not decode prefixes, or not
             those of one of the lengths.
     """
+    check_file_to_write(out)
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
     tokenizer.check_renders("reconstructing files")

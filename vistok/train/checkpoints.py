@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
@@ -190,6 +191,43 @@ class Checkpoints:
         *older, newest = self.steps()
         goes_on = f"--resume goes on from {self.path(older[-1])}" if older else "--resume begins at step 0"
         return f"Remove the folder {self.path(newest)}: then {goes_on}"
+
+
+def check_alike(saved: Any, own: Any, place: str) -> None:
+    """Raise CheckpointError unless a part of a state is of the kind of this run's own part.
+
+    Mappings may hold other keys; of common keys the values are compared. Tensors have the same shape and type; numbers
+    are finite, whole ones not negative. Where the run has None, so may be the other, or a number, a tensor, a mapping.
+    """
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        for key in own.keys() & saved.keys():
+            check_alike(saved[key], own[key], f"{place}.{key}")
+        return
+    if isinstance(own, Tensor) and isinstance(saved, Tensor):
+        fits = (saved.shape, saved.dtype, saved.layout) == (own.shape, own.dtype, own.layout)
+    elif isinstance(own, bool | str) or isinstance(saved, bool | str):
+        fits = type(saved) is type(own)
+    elif own is None:
+        fits = saved is None or isinstance(saved, int | Tensor | Mapping)
+    else:
+        fits = type(saved) is type(own) and math.isfinite(saved) and (isinstance(own, float) or saved >= 0)
+    if not fits:
+        raise CheckpointError(f"the checkpoint's {place} is {_kind(saved)}, where {_kind(own)} is expected")
+
+
+def check_numbers(saved: Any, place: str) -> None:
+    """Raise CheckpointError unless a part of a state is a mapping of names to numbers."""
+    numbers = isinstance(saved, Mapping) and all(
+        isinstance(name, str) and isinstance(value, int | float) for name, value in saved.items()
+    )
+    if not numbers:
+        raise CheckpointError(f"the checkpoint's {place} holds no numbers by name")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype} ({value.layout})".replace("torch.", "")
+    return f"{value!r} ({type(value).__name__})"[:80]
 
 
 def _damaged_part(file: Path) -> str | None:

@@ -313,6 +313,10 @@ class InitFrom:
     rename: dict[str, str | None] = field(default_factory=dict)
     strict: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("init_from is empty; name a run or a weights file, or write null for none")
+
 
 def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
     """The types of the keys in a ``model`` section; an unknown name is reported later."""
@@ -385,6 +389,8 @@ class RunConfig:
         """Raise ConfigError if sections are missing or do not fit together."""
         if not getattr(self, self.needed):
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; name the folder of the run, for example output_dir=runs/first")
         if self.curve is not None:
             curve_file(self.curve)
         warmup, steps = self.lr_scheduler.warmup_steps, self.training.max_steps

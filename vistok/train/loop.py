@@ -25,7 +25,7 @@ from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.train.checkpoints import Checkpoints, clean
+from vistok.train.checkpoints import Checkpoints, check_alike, check_numbers, clean
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
@@ -37,7 +37,7 @@ from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
 from vistok.train.trail import Trail, earliest
 from vistok.types import Clock
-from vistok.utils.files import write_json
+from vistok.utils.files import make_folder, write_json
 from vistok.utils.locks import holds_files, locked
 from vistok.utils.paths import expand
 from vistok.utils.processes import is_first_process
@@ -80,6 +80,8 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
 
 
 def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found, *, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"the run folder {folder} is a file; choose another with output_dir=…")
     if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
@@ -91,7 +93,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
         if resume:
             trainer.resume(config)
         if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
@@ -175,7 +177,9 @@ class Trainer:
             except ValueError as error:
                 error.add_note(self._ways_out(error, config))
                 raise
-            except (LookupError, TypeError, AttributeError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
                 raise CheckpointError(
                     f"{self.checkpoints.path(state['step'])} holds no whole state of a run ({error!r}). "
                     f"{self.checkpoints.way_round()}"
@@ -474,8 +478,12 @@ class Trainer:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        for part in ("row", "judged_by"):
+            if state.get(part) is not None:
+                check_numbers(state[part], part)
         self.players.load_state_dict(state)
         self.step, self.row = state["step"], state["row"]
+        check_alike(state["loader"], self.task.loader.state_dict(), "loader")
         self.task.loader.load_state_dict(state["loader"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         self.task.load_state_dict(state["task"], first_process=self.accelerator.is_main_process)

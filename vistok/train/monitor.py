@@ -46,8 +46,12 @@ class Meter:
         return {"sums": {k: over_processes(v) for k, v in self._sums.items()}, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._counts = dict(state["counts"])
+        sums, counts = state["sums"], state["counts"]
+        single = all(value.shape == () and value.is_floating_point() for value in sums.values())
+        if not single or sums.keys() != counts.keys() or not all(type(n) is int and n > 0 for n in counts.values()):
+            raise TypeError("the sums of the metrics are no numbers with their counts")
+        self._sums = {name: value.to(device) for name, value in sums.items()}
+        self._counts = dict(counts)
 
 
 def perplexity(counts: Tensor) -> Tensor:

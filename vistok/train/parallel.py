@@ -193,6 +193,19 @@ def named_state(
     return {name: state.get(own[parameter], {}) for name, parameter in named.items() if parameter in trained}
 
 
+def _check_moments(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise CheckpointError unless a state holds Adam's step and moments of each parameter, or nothing of it."""
+    for name, values in state.items():
+        shape = tuple(parameters[name].shape)
+        shapes: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        if not isinstance(values, Mapping) or (values and values.keys() != shapes.keys()):
+            raise CheckpointError(f"the checkpoint's optimizer has not {', '.join(shapes)} of {name}")
+        for key, value in values.items():
+            sound = isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+            if not sound or tuple(value.shape) != shapes[key] or not bool(value.isfinite().all()):
+                raise CheckpointError(f"the checkpoint's optimizer has no finite {key} {shapes[key]} of {name}")
+
+
 def load_named_state(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -216,6 +229,7 @@ def load_named_state(
     parameters = {name: parameter for name, parameter in named.items() if parameter in trained}
     if parameters.keys() - set(fresh) != state.keys():
         raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
+    _check_moments(state, parameters)
     saved: Any = {own[parameters[name]]: dict(values) for name, values in state.items() if values}
     if saved:
         kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

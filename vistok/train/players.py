@@ -18,6 +18,7 @@ from vistok.checkpoints.adapters import LOW_RANK
 from vistok.checkpoints.weights import hash_weights, listing
 from vistok.quantizers.vq import with_counts
 from vistok.signatures import ConfigError
+from vistok.train.checkpoints import check_alike
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
 from vistok.train.optim import (
     AveragedModel,
@@ -131,6 +132,7 @@ class Player:
         load_whole_state_dict(self.module, state["weights"], source="the checkpoint", optional=fresh)
         load_named_state(self.optimizer, self.module, _names(self.module), state["optimizer"], fresh=fresh)
         if self.scaler is not None and state["scaler"] is not None:
+            check_alike(state["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(state["scaler"])
 
 
@@ -325,6 +327,7 @@ class Players:
         else:
             weights, _, _ = with_counts(self.average.model, self._with_own_scales(saved["model"]))
             load_whole_state_dict(self.average.model, weights, source="the checkpoint's average")
+            check_alike(saved["updates"], self.average.updates, "average.updates")
             self.average.updates = saved["updates"]
 
     @cache  # noqa: B019 (one object per run)

@@ -53,6 +53,7 @@ SHARD_SIZE = 4096
 """Images per shard: the most that a killed process loses."""
 NO_TEXT = PromptEncoder()
 
+MOST_VIEWS, LARGEST_MARGIN = 1000, 4
 AUGMENTATIONS = ("none", "flip", "ten_crop", "ten_crop:MARGIN", "random:K")
 
 
@@ -407,10 +408,12 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
     kind, _, argument = name.partition(":")
     if kind == "ten_crop":
         return replace(FIXED_VIEWS[kind], margin=_margin(name, argument))
-    if kind == "random" and argument.isdecimal() and int(argument) > 0:
-        return RandomViews(int(argument))
     if kind == "random":
-        raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
+        if len(argument) < 5 and argument.isdecimal() and 0 < int(argument) <= MOST_VIEWS:
+            return RandomViews(int(argument))
+        raise ValueError(
+            f"augmentation {name!r}: random needs a number of views, from 1 to {MOST_VIEWS:,}, for example random:10"
+        )
     hint = suggestion(name, AUGMENTATIONS) or "."
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
 
@@ -420,8 +423,11 @@ def _margin(name: str, text: str) -> float:
         margin = float(text)
     except ValueError:
         margin = math.nan
-    if not 1 < margin < math.inf:
-        raise ValueError(f"augmentation {name!r}: the images must grow by a factor above 1, for example ten_crop:1.05")
+    if not 1 < margin <= LARGEST_MARGIN:
+        raise ValueError(
+            f"augmentation {name!r}: the images must grow by a factor above 1, at most {LARGEST_MARGIN}, for example "
+            "ten_crop:1.05"
+        )
     return margin
 
 

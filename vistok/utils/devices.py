@@ -33,17 +33,23 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     """``device`` as a ``torch.device``; None takes a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: the device is unknown, or this machine has no CUDA GPU.
+        ValueError: the device is unknown, or this machine does not have it.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown device {device!r}; known are cpu, cuda, cuda:1, mps, …") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"there is no CUDA GPU for device {str(device)!r}; leave the device out, or take cpu")
-    return device
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:  # each kind of device has its own error
+        raise ValueError(
+            f"this machine cannot compute on the device {str(device)!r}; leave the device out, or take cpu"
+        ) from error
+    return torch.device("cpu") if device.type == "cpu" else device  # cpu:1 is the CPU, too
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -33,7 +33,7 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
     restore(target.parent)
     if not replace:
         check_absent(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
         yield temporary
@@ -52,9 +52,56 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
 
 
 def check_absent(target: Path) -> None:
-    """Raise FileExistsError if there is something at ``target``, a folder to be made."""
-    if target.exists():
+    """Raise FileExistsError if there is something at ``target``, a folder to be made; also a link to nothing."""
+    if os.path.lexists(target):
         raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        NotADirectoryError: a file is in its place, or in that of a folder above it.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        nearest_folder(folder)
+        raise error
+
+
+def nearest_folder(folder: Path) -> Path:
+    """``folder`` or the nearest folder above it that exists. Raises NotADirectoryError if a file is in its place."""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.is_dir():
+            return path
+        if os.path.lexists(path):
+            kind = "a file" if path.exists() else "a link that leads nowhere"
+            raise NotADirectoryError(f"{path} is {kind}, so there can be no folder {folder}; name another")
+    raise NotADirectoryError(f"there can be no folder {folder}")
+
+
+def check_file_to_write(target: str | os.PathLike[str]) -> None:
+    """Check that a file can be written at ``target``, before the work whose result it gets.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError: ``target`` is a folder, or is below a file.
+        ValueError: ``target`` is a device or pipe, which writing would replace.
+        OSError: the folder is not writable.
+    """
+    path = Path(target)
+    _check_no_other_kind(path)
+    folder = nearest_folder(path.parent)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"nothing can be written in {folder}, which is read-only; name another folder")
+
+
+def _check_no_other_kind(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file, such as {path / 'result'}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe, which would be replaced; name a file")
 
 
 def restore(parent: Path) -> None:
@@ -154,9 +201,13 @@ def atomic_file(target: str | os.PathLike[str], *, durable: bool = True) -> Iter
 
     Args:
         durable: whether the file also survives a loss of power, which takes milliseconds; False for thousands of files.
+
+    Raises:
+        OSError, ValueError: no file can be written there; see ``check_file_to_write``.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_no_other_kind(target)
+    make_folder(target.parent)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
@@ -269,7 +320,7 @@ def missing_file(path: str | Path) -> str:
     if path.is_dir():
         return f"{path} is a folder; name a file"
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path.cwd())
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
     return f"there is no file {path}" + (f"; {folder} has {', '.join(near)}" if near else "")
 

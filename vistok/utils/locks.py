@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from vistok.utils.files import make_folder
+
 log = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -62,7 +64,7 @@ def holds_files(folder: Path) -> bool:
 
 
 def _lock_file(folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     beside = os.access(folder.parent, os.W_OK) or not folder.is_dir()
     return (folder.parent if beside else folder) / f".{folder.name}.lock"
 
@@ -77,6 +79,9 @@ def _acquire(kind: type, path: Path, folder: Path) -> Any:
             lock.acquire(timeout=0)
         except Timeout:
             owner = _owner(path)
+            if owner is None and not path.exists():
+                path.touch()  # FileLock waits where it cannot make its file; this raises the reason
+                continue
             if owner is None or not _is_dead(owner):
                 raise FolderInUseError(_in_use(folder, owner)) from None
             path.unlink(missing_ok=True)  # held by children that the dead owner left behind, such as data loaders

@@ -17,6 +17,7 @@ from typing import Any
 from vistok.utils.files import (
     atomic_folder,
     check_absent,
+    make_folder,
     read_json,
     remove_leftovers,
     remove_leftovers_of,
@@ -101,7 +102,7 @@ def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes
             elif folder.is_dir() and holds_files(folder):
                 raise ResumeError(f"{folder} holds other files; choose a new folder")
             else:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 write_json(folder / PLAN, settings)
         processes.wait()
         try:
@@ -130,8 +131,9 @@ def appearing(target: Path) -> Iterator[None]:
 
 
 def unfinished(target: Path) -> Path:
-    """The folder in which the files of ``target`` are collected."""
-    return target.with_name(f"{target.name}.unfinished")
+    """The folder in which the files of ``target`` are collected, beside the folder that a link leads to."""
+    target = target.resolve()
+    return target.parent / f"{target.name}.unfinished"
 
 
 def _one_writer(folder: Path, processes: Processes) -> Any:
@@ -139,7 +141,10 @@ def _one_writer(folder: Path, processes: Processes) -> Any:
 
 
 def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed after the rename
+    if target.is_dir() and target.samefile("."):
+        raise FileExistsError(f"{target} is the current folder, which cannot be replaced; name a new one inside it")
+    if target.is_dir():
+        (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed after the rename
     if target.exists() and (not target.is_dir() or holds_files(target)):
         raise FileExistsError(f"{target} exists already and is not empty; choose another folder or remove it first")
     folder = unfinished(target)
@@ -176,6 +181,7 @@ def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
 
 def _publish(target: Path) -> None:
     """Rename the finished folder to ``target``."""
+    target = target.resolve()
     if target.exists():
         target.rmdir()  # not every system can rename onto an empty folder
     unfinished(target).rename(target)

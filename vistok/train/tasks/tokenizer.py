@@ -27,6 +27,7 @@ from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.signatures import ConfigError, KeysOf, build
 from vistok.tokenizers.base import Tokenizer
+from vistok.train.checkpoints import check_alike
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
 from vistok.train.monitor import CodebookMonitor, CodebookWatch, expected_usage
 from vistok.train.tasks.adversary import Adversary, GanConfig
@@ -258,6 +259,7 @@ class TokenizerTask(Task):
         return {"codebook": self.codebook.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:
+        check_alike(state["codebook"], self.codebook.state_dict(), "counts of codes")
         self.codebook.load_state_dict(state["codebook"], first_process=first_process)
 
     def count(self, batch: ImageBatch) -> int:
