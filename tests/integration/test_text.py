@@ -110,8 +110,10 @@ def test_equal_texts_are_encoded_once(text, monkeypatch):
         monkeypatch.setattr(encoder, "encode", lambda texts, given=given: [seen.extend(texts), given(texts)][1])
     condition = text.condition(["a two", None, "a one", "a two"])
     assert seen == ["a two", "a one"] * 2  # by each of the two encoders
-    assert condition.features[0].equal(condition.features[3]) and condition.ids[0].equal(condition.ids[3])
-    assert not condition.features[0].equal(condition.features[2]) and condition.parts["ids"].dropped.tolist() == [
+    assert condition.features[0].equal(condition.features[3])
+    assert condition.ids[0].equal(condition.ids[3])
+    assert not condition.features[0].equal(condition.features[2])
+    assert condition.parts["ids"].dropped.tolist() == [
         0,
         1,
         0,
