@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,22 @@ def test_near_scales_have_folders_of_their_own():
     settings = Setting.over([1.5, 1.5000001, 2], [0.9, 0.90000001], {})
     assert len({setting.folder for setting in settings}) == len(settings)
     assert settings[0].folder == "guidance-1.5-temperature-0.9"
+
+
+@pytest.mark.parametrize("member", ["mu.npy", "count.npy", "pool.npy"])
+def test_a_member_that_is_no_array(tmp_path: Path, member):
+    path = tmp_path / "odd.npz"
+    np.savez(path, sigma=np.eye(4))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member, "text")
+    with pytest.raises(InvalidReferenceError, match=f"odd.npz is damaged: its member '{member[:-4]}' is no array"):
+        open_reference(path)
+
+
+@pytest.mark.parametrize(("recorded", "asked"), [(None, 16), (0, 16), (16, 24)])
+def test_statistics_cannot_be_cropped(tmp_path: Path, recorded, asked):
+    changes = {} if recorded is None else {"crop": np.array(recorded)}
+    path = stored(tmp_path / "statistics.npz", **changes)
+    with pytest.raises(InvalidReferenceError, match=f"cannot be cropped to {asked}: they were made with"):
+        open_reference(path, crop=asked)
+    assert "pool" in open_reference(path, crop=recorded).gaussians

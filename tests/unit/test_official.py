@@ -15,7 +15,7 @@ from support.key_lists import FOLDER, KNOWN_IDS, build, on_meta, read_key_list
 from torch import Tensor
 
 import vistok
-from vistok.checkpoints import CheckpointError, Model, convert, known_config, registry, unwrap
+from vistok.checkpoints import CheckpointError, Model, convert, known_config, load_strictly, registry, unwrap
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY_LISTS = sorted(FOLDER.glob("*.json.gz"))
@@ -287,3 +287,35 @@ def test_a_wrong_file_of_the_right_kind_is_refused(case):
     other = Case(GOLDEN / "cases" / "llamagen_gpt_t2i")
     with pytest.raises(CheckpointError, match="class_embedding"):
         vistok.from_official(case.model, case.config, other.state)
+
+
+def test_two_tensors_of_one_name_are_refused_and_aliases_are_not():
+    first, second = torch.zeros(2), torch.ones(2)
+    with pytest.raises(CheckpointError, match=r"weight and module\.weight are two tensors for weight"):
+        unwrap({"weight": first, "module.weight": second})
+    assert unwrap({"weight": first, "module.weight": first}) == {"weight": first}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [
+        (torch.ones(2, dtype=torch.float64) * 1e60, "NaN or infinities"),
+        (torch.ones(2).to_sparse(), "not stored as plain numbers"),
+        (torch.ones(2, device="meta"), "without values"),
+        (torch.ones(2, dtype=torch.complex64), "another kind"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "another kind"),
+    ],
+)
+def test_tensors_that_are_no_plain_finite_numbers_are_refused(tensor, told):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=told):
+        load_strictly(model, model.state_dict() | {"bias": tensor})
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, dtype=torch.float64), torch.ones(1).expand(2), torch.ones(2).to(torch.float8_e4m3fn)]
+)
+def test_other_precisions_and_views_are_read(tensor):
+    model = torch.nn.Linear(2, 2)
+    load_strictly(model, model.state_dict() | {"bias": tensor})
+    assert model.bias.tolist() == [1, 1]

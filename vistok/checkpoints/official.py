@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vistok.checkpoints import imagenet, registry
-from vistok.checkpoints.bounds import OversizedError, bounded
+from vistok.checkpoints.bounds import bounded
 from vistok.checkpoints.weights import CheckpointError, listing, read_weights, unwrap
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
         raise CheckpointError(
             f"the config of a {name} needs the key {error}; it has {listing(config) or 'none'}"
         ) from error
-    except (TypeError, AttributeError, ArithmeticError, IndexError, OversizedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, ArithmeticError, IndexError, RuntimeError) as error:  # torch: negative sizes
         raise CheckpointError(f"the config does not describe a {name}: {error}") from error
 
 

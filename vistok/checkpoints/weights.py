@@ -9,7 +9,8 @@ import argparse
 import json
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -167,7 +168,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"a state dict names its tensors; the file has the key {odd!r} ({type(odd).__name__})"
             )
         if any(isinstance(value, Tensor) for value in checkpoint.values()):
-            return {_PREFIXES.sub("", key): value for key, value in checkpoint.items()}
+            return _renamed(checkpoint, partial(_PREFIXES.sub, ""))
         found = sorted(checkpoint)
         checkpoint = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), {})
         if not checkpoint:
@@ -190,7 +191,20 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dic
                 return match.expand(replacement)
         return key
 
-    return {new_name(key): tensor for key, tensor in state.items()}
+    return _renamed(state, new_name)
+
+
+def _renamed(state: Mapping[str, Tensor], new_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """The state with other keys. Raises CheckpointError if two different tensors get one name."""
+    renamed, old_names = dict[str, Tensor](), dict[str, str]()
+    for key, tensor in state.items():
+        name = new_name(key)
+        if name in renamed and renamed[name] is not tensor:
+            raise CheckpointError(
+                f"{old_names[name]} and {key} are two tensors for {name}; keep one of them in the file"
+            )
+        renamed[name], old_names[name] = tensor, key
+    return renamed
 
 
 def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
@@ -311,7 +325,10 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
             ("of another shape", wrong),
             ("of another kind", kinds),
             ("not stored as plain numbers", stored),
-            ("with NaN or infinities", [key for key in shared if not _is_sound(state[key], key in parameters)]),
+            (
+                "with NaN or infinities",
+                [key for key in shared if not _is_sound(state[key], own[key], key in parameters)],
+            ),
         )
         if names
     ]
@@ -319,10 +336,13 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, o
         raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
 
 
-def _is_sound(tensor: Tensor, finite: bool) -> bool:
-    """Whether a tensor has no NaN and, if ``finite``, no infinity; buffers may be masks with infinities."""
+def _is_sound(tensor: Tensor, own: Tensor, finite: bool) -> bool:
+    """Whether a tensor has no NaN and, if ``finite``, no infinity, also in the precision of the model's ``own``;
+    buffers may be masks with infinities."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         return True
+    if own.is_floating_point() and own.element_size() < tensor.element_size():
+        tensor = tensor.to(own.dtype)
     if tensor.element_size() == 1:  # float8 has no comparisons
         tensor = tensor.float()
     return bool((tensor.isfinite() if finite else ~tensor.isnan()).all())

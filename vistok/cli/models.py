@@ -30,7 +30,7 @@ def convert(
     """Turn an official checkpoint into a vistok model, which vistok.load reads."""
     from vistok.checkpoints import convert as read_official
     from vistok.checkpoints import official_name
-    from vistok.utils.files import missing_file, read_json
+    from vistok.utils.files import missing_file, read_object
     from vistok.utils.outputs import appearing
 
     with appearing(out):
@@ -38,7 +38,7 @@ def convert(
             if path is not None and not path.is_file():
                 raise FileNotFoundError(missing_file(path))
         name = official_name(system, file.name)
-        model = read_official(name, file, read_json(config) if config is not None else None)
+        model = read_official(name, file, read_object(config) if config is not None else None)
         model.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     output.print(f"{name}: {type(model).__name__} with {parameters:,} parameters, saved in {escape(str(out))}")

@@ -154,7 +154,12 @@ def load_array(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """The array of a .npy file, or the arrays of an .npz file. Raises PeerCacheError if it cannot be read."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        arrays = dict(loaded)
+        if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"its member {other[0]!r} is no array")
+        return arrays
     except NPY_ERRORS as error:
         # NumPy takes whatever it does not know for a pickle, and says how to run what is in it.
         reason = "no file of NumPy, or one with Python objects in it" if "pickle" in str(error) else error

@@ -168,13 +168,20 @@ def open_reference(
     """Open a side: anything that ``open_images`` takes, or an ``.npz`` with moments.
 
     Raises:
-        InvalidReferenceError: an ``.npz`` has neither images nor complete moments, or was changed after it was made.
+        InvalidReferenceError: an ``.npz`` has neither images nor complete moments, was changed after it was made, or
+            was made with another ``crop``.
         ImageError: see ``open_images``.
     """
     if isinstance(source, Reference):
         return source
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
         reference = _open_npz(Path(source))
+        if reference.gaussians and crop not in (None, reference.provenance.crop):
+            made = "an unknown crop" if reference.provenance.crop is None else f"crop {reference.provenance.crop}"
+            raise InvalidReferenceError(
+                f"{source} holds statistics, which cannot be cropped to {crop}: they were made with {made}; leave crop "
+                "out, or name the images"
+            )
         if reference.gaussians or crop is None:
             return reference
     images = open_images(source, crop=crop, reading=reading)
@@ -190,6 +197,8 @@ def _open_npz(path: Path) -> Reference:
             arrays = {key: file[key] for key in keys if key in wanted}
     except (*NPY_ERRORS, *DECODING_ERRORS, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
         raise InvalidReferenceError(f"{path} is not a readable .npz file: {error}") from error
+    if other := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise InvalidReferenceError(f"{path} is damaged: its member {other[0]!r} is no array; make the file again")
     gaussians = {
         name: _gaussian(path, arrays, *pair) for name, pair in MOMENT_KEYS.items() if any(key in arrays for key in pair)
     }

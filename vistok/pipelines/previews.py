@@ -58,8 +58,7 @@ def previews(pipe: Pipeline, job: Job, every: int | None = None) -> Iterator[Pre
         ValueError: ``every`` is below 1, or the tokenizer renders no images.
     """
     pipe.tokenizer.check_renders("previews")
-    if every is not None:
-        check_whole("preview_every", every, least=1)
+    check_whole("preview_every", every, least=1, optional=True)
     return _previews(pipe, job, preview_step(pipe) if every is None else every)
 
 
