@@ -110,8 +110,10 @@ def test_equal_texts_are_encoded_once(text, monkeypatch):
         monkeypatch.setattr(encoder, "encode", lambda texts, given=given: [seen.extend(texts), given(texts)][1])
     condition = text.condition(["a two", None, "a one", "a two"])
     assert seen == ["a two", "a one"] * 2  # by each of the two encoders
-    assert condition.features[0].equal(condition.features[3]) and condition.ids[0].equal(condition.ids[3])
-    assert not condition.features[0].equal(condition.features[2]) and condition.parts["ids"].dropped.tolist() == [0, 1, 0, 0]
+    for values in (condition.features, condition.ids):
+        assert values[0].equal(values[3])
+        assert not values[0].equal(values[2])
+    assert condition.parts["ids"].dropped.tolist() == [False, True, False, False]
 
 
 def test_class_names_can_be_texts(text, tmp_path):

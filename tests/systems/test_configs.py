@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vistok.checkpoints import registry
 from vistok.checkpoints.model import find_official
 from vistok.config import load_config
 from vistok.losses.efficientnet import NAME as EFFICIENTNET
+from vistok.quickstart.systems import Stage, config_file, systems
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
 from vistok.train.curves import reference_curve
@@ -111,13 +113,24 @@ def test_config_builds(path):
     assert run.output_dir.startswith("runs/")
 
 
-DIGITS = [path for path in FILES if path.parent.name == "digits"]
+WITH_WHOLE_CURVES = [path for path in FILES if path.parent.name == "digits" or path.stem == "open_magvit2_video"]
 
 
-@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.stem)
-def test_recipes_of_digits_have_the_curve_of_a_whole_run(path):
+@pytest.mark.parametrize("path", WITH_WHOLE_CURVES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_small_recipes_have_the_curve_of_a_whole_run(path):
     run = parsed(path)
-    assert run.curve == f"digits-{path.stem}"
+    assert run.curve == f"{path.parent.name}-{path.stem}"
     last = reference_curve(run.curve)[-1]
     assert last["step"] == run.training.max_steps
     assert last["seconds"] < 3600
+
+
+def test_every_model_has_a_small_recipe_with_the_curve_of_a_whole_run():
+    files = [config_file(name, stage) for name in systems() for stage in get_args(Stage)]
+    quickstarts = [RunConfig.parse(load_config(file)) for file in files if file.is_file()]
+    for run in quickstarts:
+        assert run.curve is None or reference_curve(run.curve)[-1]["step"] == run.training.max_steps
+    shown = {run.model["name"] for run in [*map(parsed, WITH_WHOLE_CURVES), *quickstarts] if run.curve}
+    assert shown == {entry.name for entry in registry.ENTRIES} - {
+        "framewise"
+    }  # made of a trained image tokenizer
