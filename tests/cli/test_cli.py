@@ -309,7 +309,7 @@ def test_reconstruct_shows_originals_over_reconstructions(tokenizer_run, photos,
 def test_reconstruct_refuses_what_is_no_image(tokenizer_run, tmp_path, refused):
     text = tmp_path / "notes.txt"
     text.write_text("not an image")
-    assert "notes.txt is not an image" in refused("reconstruct", tokenizer_run, text)
+    assert "notes.txt: no image that can be read" in refused("reconstruct", tokenizer_run, text)
     assert "there is no image file" in refused("reconstruct", tokenizer_run, tmp_path / "gone.png")
 
 
