@@ -23,7 +23,7 @@ from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, home_of, load_tokenizer, write_settings
-from vistok.signatures import ConfigError, check
+from vistok.signatures import ConfigError, build
 from vistok.text import TEXT, PromptEncoder, copy_encoders
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, InitFrom, RunConfig
@@ -132,7 +132,7 @@ class GeneratorTask(Task):
             self.changing_parameters = bool(list(objective.parameters()))
         _check_content(model, cache, config.objective)
         self.learner = GeneratorLearner(model, objective)
-        check(self.model.options_type, config.sampling, "sampling")
+        build(self.model.options_type, config.sampling, "sampling")  # not first when images are made
 
     def _check_streams(self, condition: ConditionSpec) -> None:
         if not self.config.objective.is_plain:

@@ -39,8 +39,8 @@ class TermConfig:
 
     def __post_init__(self) -> None:
         check_least(self, start_step=0, boost=0, boost_steps=1)
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be finite, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight must be finite and not negative, got {self.weight}")
 
     def factor(self, step: int) -> float:
         """The factor of the boost at a step."""
