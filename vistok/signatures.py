@@ -288,7 +288,7 @@ def _strict(annotation: Any) -> Any:
     if annotation is float:  # no config means NaN or infinity
         return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
     if annotation is int:  # numbers of NumPy are numbers
-        return typing.Annotated[annotation, BeforeValidator(_python_number), Strict()]
+        return typing.Annotated[annotation, Strict(), BeforeValidator(_python_number)]
     if annotation in (bool, str):
         return typing.Annotated[annotation, Strict()]
     if _is_section(annotation):  # mappings are checked by ``check``, for better messages
