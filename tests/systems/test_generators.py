@@ -331,7 +331,7 @@ def test_split_layers_keep_hooks(hooked):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_steps_see_weights_change():
-    model, condition = tiny("llama", num_layers=2), labels(0, 1)
+    model, condition = tiny("llama", num_layers=1), labels(0, 1)
     draws = model.sampling_draws(Keys.range(0, 2))
     model.compile_decoding()
     step = model.compiled_step
