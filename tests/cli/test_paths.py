@@ -176,7 +176,7 @@ def test_an_empty_init_from_is_not_none(places):
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "meta", "mps", "xpu", "hpu", "lazy", "opengl", True, 1.5])
 def test_a_device_that_this_machine_lacks(device, models):
     if device == "mps" and torch.backends.mps.is_available():
-        pytest.skip("this machine has it")
+        pytest.skip("this machine has mps, so that nothing is refused")
     for use in (
         choose_device,
         lambda device: evaluate(

@@ -22,8 +22,6 @@ Built = TypeVar("Built", bound=nn.Module)
 MAX_INTEGER = 2**40
 MOST = {"image_size": 2**16, "layers": 1000, "blocks": 1000, "depth": 1000, "refiners": 1000}
 """The largest integer of an argument whose name contains the word."""
-SHARES = ("dropout", "drop_path", "drop_rate")
-"""Endings of the names of arguments that are shares."""
 TOO_MUCH_FOR_AN_ERROR = 1 / 16
 """A model that takes more than this share of memory is not built again for a better error message."""
 MAX_TENSORS = 25_000  # published models of many experts have up to 20,000
@@ -50,12 +48,8 @@ def construct(
 
     Raises:
         OversizedError: as :func:`bounded`.
-        ValueError: a share of what is dropped is outside [0, 1].
         Exception: any error of the constructor.
     """
-    for place, value in numbers(arguments):
-        if place.rpartition(".")[2].endswith(SHARES) and not 0 <= value <= 1:
-            raise ValueError(f"{place} is a share and must lie in [0, 1], got {value}")
     sides = [max(tensor.shape, default=1) for tensor in (weights or {}).values() if tensor.numel()]
     if weights is not None and all(value <= max(sides, default=1) for _, value in integers(arguments)):
         with bounded(arguments, weights):

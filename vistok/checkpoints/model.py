@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vistok._version import __version__
 from vistok.checkpoints import registry
 from vistok.checkpoints.adapters import ADAPTER, ADAPTER_CONFIG, merged, save_adapter, with_adapter, without_adapters
-from vistok.checkpoints.bounds import construct
+from vistok.checkpoints.bounds import construct, numbers
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import (
@@ -192,14 +192,14 @@ class Model(
 
 LEAST = {"dim": 1, "num_layers": 1, "num_heads": 1, "num_classes": 0}
 """The least values of arguments that many models have."""
-SHARES = ("dropout", "_drop", "drop_path")
-"""How arguments end that are shares of what is dropped."""
+SHARES = ("dropout", "_drop", "drop_path", "drop_rate")
+"""How arguments end that are shares of what is dropped, also in sections such as ``encoder``."""
 
 
 def _check_ranges(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for constructor arguments out of the range that their names imply."""
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+    for name, value in numbers(arguments):
+        if isinstance(value, bool):
             continue
         if name.endswith(SHARES) and not 0 <= value <= 1:
             raise ValueError(f"{name} is a share from 0 to 1, got {value}")

@@ -28,7 +28,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
-from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
+from vistok.utils.numbers import MOST_IMAGES, check_seed, check_whole
 from vistok.utils.outputs import continued
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -130,7 +130,7 @@ def benchmark_clips(
     """
     check_whole("batch_size", batch_size, least=1)
     check_whole("num_clips", num_clips, least=2, most=MOST_IMAGES, optional=True)
-    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1])
+    check_seed(seed)
     sampling, out = dict(sampling or {}), Path(out)
     channels, *shape = pipe.tokenizer.input_shape
     rules = video_protocol(protocol)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
 from vistok.types import to_json
-from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
+from vistok.utils.numbers import MOST_IMAGES, check_seed, check_whole
 
 Labels = Literal["balanced", "random", "none"]
 FORMAT = "vistok-benchmark-1"
@@ -55,7 +55,7 @@ class BenchmarkPlan:
 
     def __post_init__(self) -> None:
         check_whole("the number of images", self.num_images, least=2, most=MOST_IMAGES)
-        check_whole("seed", self.seed, least=SEEDS[0], most=SEEDS[1])
+        check_seed(self.seed)
         check_whole("eval_size", self.eval_size, least=1, most=10_000, optional=True)
         if self.labels not in get_args(Labels):
             raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(get_args(Labels))}")

@@ -18,8 +18,8 @@ class ClassNames:
     """The classes of a generator, which users give by id or by name.
 
     Names are compared without regard to case and to the form of accents (NFC, or macOS's NFD), unless that leaves
-    several. ImageNet's names list synonyms ("tench, Tinca tinca"); each synonym is a
-    name of the class. A string of digits that is no name is an id, as on the command line.
+    several. ImageNet's names list synonyms ("tench, Tinca tinca"); each synonym is a name of the class. A string of
+    digits that is no name is an id, as on the command line.
 
     Args:
         count: number of classes.

@@ -13,7 +13,7 @@ from vistok.conditions import PARTS
 from vistok.pipelines.classes import ClassLabel, ClassNames
 from vistok.text import PromptEncoder
 from vistok.types import Condition, ConditionSpec
-from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
+from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_seed, check_whole
 
 Prompt = str | Sequence[str | None]
 """A text, or several; None among them is unconditional."""
@@ -57,7 +57,7 @@ class Request:
             raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
         if self.seed is not None and self.generator is not None:
             raise ValueError("give either seed or generator, not both")
-        check_whole("seed", self.seed, least=SEEDS[0], most=SEEDS[1], optional=True)
+        check_seed(self.seed, optional=True)
         check_whole("num_images", self.num_images, most=MOST_IMAGES, optional=True)
         for name in ("num_images_per_label", "num_images_per_prompt"):
             check_whole(name, getattr(self, name), most=MOST_IMAGES)

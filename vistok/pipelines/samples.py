@@ -29,7 +29,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import check_file_to_write, write_json
-from vistok.utils.numbers import MOST_IMAGES, SEEDS, check_whole
+from vistok.utils.numbers import MOST_IMAGES, check_seed, check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -85,7 +85,7 @@ def write_samples(
     """
     out = Path(out)
     check_whole("the number of images", num_images, least=1, most=MOST_IMAGES)
-    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1])
+    check_seed(seed)
     check_whole("batch_size", batch_size, least=1)
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:

@@ -28,3 +28,8 @@ def check_whole(
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if most is not None and number > most:
         raise ValueError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_seed(seed: Any, *, optional: bool = False) -> None:
+    """Raise ValueError unless ``seed`` is one of ``SEEDS``; or None, if it is ``optional``."""
+    check_whole("seed", seed, least=SEEDS[0], most=SEEDS[1], optional=optional)

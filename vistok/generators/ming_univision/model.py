@@ -178,8 +178,6 @@ class MingUniVision(Understanding):
             if not least <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least {least}, got {value}")
         self.image_start, self.image_patch, self.image_end, self.end = ids
-        if not 0 <= condition_dropout <= 1:
-            raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
         self.num_classes = num_classes or None
         self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
         self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
